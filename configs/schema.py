@@ -1,0 +1,116 @@
+"""One run as frozen dataclasses. Precedence: these defaults, then the YAML file, then ``key.path=value`` on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data import DataConfig
+from models.config import ModelConfig
+from models.errors import UserError
+from models.parsing import choice, from_dict, load_yaml
+from training.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 32  # rows of seq_len tokens in one optimizer step, over all ranks and micro-batches
+    micro_batch: int | None = None  # rows in one forward of one rank; default: batch_size / ranks
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | fp32 | bf16 (autocast; parameters stay fp32)
+    compile: bool = False
+    recompute: bool = False  # activation checkpointing, block by block
+    val_every: int = 0  # steps; 0: ten times in a run
+    val_tokens: int = 262144  # of the validation split, the same ones every time; 0: all
+    save_every: int = 0  # steps; 0: ten times in a run
+    keep: int = 2  # newest checkpoints kept; the last one of a run always is
+    sample_every: int = 0  # steps; 0: as often as validation; -1: never
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+    freeze: tuple[str, ...] = ()  # glob patterns over parameter names
+    interventions: tuple[Any, ...] = ()  # see training.interventions
+
+    def __post_init__(self) -> None:
+        choice("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        for name in ("steps", "batch_size", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+            raise UserError(f"train.micro_batch={self.micro_batch} does not divide train.batch_size={self.batch_size}")
+
+    def every(self, name: str) -> int:
+        """``val_every``, ``save_every`` or ``sample_every`` with its default filled in."""
+        given = getattr(self, name)
+        if name == "sample_every" and given == 0:
+            return self.every("val_every")
+        return given or max(1, self.steps // 10)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between lines of metrics.jsonl
+    wandb: str = "off"  # off | offline | online
+    wandb_project: str = "loci-lm"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        choice("log.wandb", self.wandb, ("off", "offline", "online"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is judged when a run ends."""
+
+    tasks: tuple[str, ...] = ()  # lm-eval tasks, or "corpus": tasks made from the run's own validation text
+    limit: int | None = None
+    baselines: bool = False  # byte n-gram count models and xz on the same text
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = ""
+    seed: int = 0
+    out_dir: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# What a resumed run may change; anything else would silently be another run.
+MAY_CHANGE = (
+    "train.steps",
+    "train.device",
+    "train.compile",
+    "train.recompute",
+    "train.micro_batch",
+    "train.val_every",
+    "train.val_tokens",
+    "train.save_every",
+    "train.sample_every",
+    "train.sample_prompt",
+    "train.sample_tokens",
+    "train.keep",
+    "log",
+    "eval",
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run from its file; raises UserError (one line, nearest valid name) for anything wrong in it."""
+    raw = load_yaml(path, list(overrides))
+    raw.setdefault("name", Path(path).stem)
+    return from_dict(RunConfig, raw)
+
+
+def check_resumable(overrides: Sequence[str]) -> None:
+    """Raise UserError when an override touches a setting that may not change on resume."""
+    for override in overrides:
+        key = override.split("=", 1)[0]
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
+            raise UserError(f"'{key}' may not change on resume; may change: {', '.join(MAY_CHANGE)}")

@@ -1,0 +1,22 @@
+"""The one exception a user of this room can cause."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DataError(ValueError):
+    """Bad input to the data room: one line that names the bad thing and, where there is one, the nearest good one."""
+
+    one_line = True
+
+
+def nearest(word: str, options: Iterable[str], limit: int = 8) -> str:
+    """A clause for an error message: the closest of `options` to `word`, or the first few of them."""
+    known = sorted(set(options))
+    if not known:
+        return "there are none"
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = ", ..." if len(known) > limit else ""
+    return "there is: " + ", ".join(known[:limit]) + more

@@ -1,0 +1,1 @@
+"""Judgement: lm-eval on our own model and state, generation, inspection, baselines, tables and plots."""

@@ -1,0 +1,20 @@
+"""Exchange with Hugging Face: Llama-family checkpoints in, any model of the zoo out.
+
+Importing this package does not import transformers; the registered classes (`LociForCausalLM`, `LociConfig`) do, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.hf.exchange import export_run, import_run, load_pretrained
+
+__all__ = ["LociConfig", "LociForCausalLM", "export_run", "import_run", "load_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LociConfig", "LociForCausalLM"):
+        from models.hf import modeling
+
+        return getattr(modeling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,276 @@
+"""The model section of our config <-> a Llama-family ``config.json``. What one side cannot say is refused, never dropped."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from models.channels.mlp import SwiGLU, SwiGLUConfig
+from models.config import BlockConfig, ModelConfig
+from models.errors import UserError, nearest
+from models.lm import LM
+from models.mixers.attention import Attention, AttentionConfig
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COMMON = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": None,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "attention_dropout": 0.0,
+}
+
+
+class Family(NamedTuple):
+    architecture: str
+    defaults: dict[str, Any]  # every field that is understood, with the value transformers assumes when it is absent
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", {**COMMON, "attention_bias": False, "mlp_bias": False}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {**COMMON, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {
+            **COMMON,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "layer_types": None,
+        },
+    ),
+}
+KNOWN_MISFITS = {
+    "qwen2": "its attention has a bias on q, k and v but none on the output",
+    "gemma": "its norms and embeddings are scaled",
+    "gemma2": "its norms and embeddings are scaled",
+    "gpt2": "its weights are not Llama-shaped",
+}
+HARMLESS = {  # say nothing about the forward of these families
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "is_llama_config",
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "use_cache",
+    "_attn_implementation_autoset",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "chunk_size_feed_forward",
+    "return_dict",
+}
+
+
+# -- in
+
+
+def from_hf(raw: dict[str, Any]) -> ModelConfig:
+    """A Llama-family ``config.json`` as our config. Raises UserError naming the first field that is not supported."""
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        why = f": {KNOWN_MISFITS[kind]}" if kind in KNOWN_MISFITS else nearest(kind, FAMILIES)
+        raise UserError(f"config.json: model_type '{kind}' is not supported{why}")
+    family = FAMILIES[kind]
+    for name in REQUIRED:
+        if not isinstance(raw.get(name), int):
+            raise UserError(f"config.json: '{name}' must be an integer, got {raw.get(name)!r}")
+    for name, value in raw.items():
+        known = name in family.defaults or name in REQUIRED or name in HARMLESS
+        # an unknown field that is null, false or empty switches something off
+        if not known and value not in (None, False, 0, "", [], {}):
+            raise _refuse(name, value)
+    values = {**family.defaults, **raw}
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise _refuse("hidden_act", values["hidden_act"], "silu")
+    windows = _windows(kind, values)
+    blocks = {_block_name(window): _block(values, window) for window in windows}
+    return ModelConfig(
+        d_model=values["hidden_size"],
+        n_layers=values["num_hidden_layers"],
+        vocab_size=values["vocab_size"],
+        max_seq_len=values["max_position_embeddings"],
+        blocks=blocks,
+        pattern=_shortest_period([_block_name(window) for window in windows]) if len(blocks) > 1 else (),
+        norm_eps=float(values["rms_norm_eps"]),
+        tied=bool(values["tie_word_embeddings"]),
+        init_std=float(values["initializer_range"]),
+    )
+
+
+def _refuse(name: str, value: Any, supported: str = "") -> UserError:
+    return UserError(
+        f"config.json: {name} = {value!r} is not supported{f'; supported: {supported}' if supported else ''}"
+    )
+
+
+def _block(values: dict[str, Any], window: int | None) -> BlockConfig:
+    return BlockConfig(
+        mixer=AttentionConfig(
+            heads=values["num_attention_heads"],
+            kv_heads=values["num_key_value_heads"],
+            head_dim=values["head_dim"],
+            window=window,
+            rope_theta=_rope_theta(values),
+            qk_norm=values["model_type"] == "qwen3",
+            bias=bool(values.get("attention_bias")),
+            dropout=float(values["attention_dropout"]),
+        ),
+        channel=SwiGLUConfig(hidden=values["intermediate_size"], bias=bool(values.get("mlp_bias"))),
+    )
+
+
+def _rope_theta(values: dict[str, Any]) -> float:
+    """Of the older ``rope_theta`` + ``rope_scaling`` or the newer ``rope_parameters``; every form but the plain one is refused."""
+    theta = values["rope_theta"]
+    for name in ("rope_scaling", "rope_parameters"):
+        group = values[name] or {}
+        kind = group.get("rope_type", group.get("type", "default"))
+        if kind != "default":
+            raise _refuse(f"{name}.rope_type", kind, "default")
+        for key, value in group.items():
+            if key not in ("rope_type", "type", "rope_theta") and (key, value) != ("partial_rotary_factor", 1.0):
+                raise _refuse(f"{name}.{key}", value)
+        theta = group.get("rope_theta", theta)
+    return 10000.0 if theta is None else float(theta)
+
+
+def _windows(kind: str, values: dict[str, Any]) -> list[int | None]:
+    """The sliding window of each layer."""
+    layers = values["num_hidden_layers"]
+    if kind == "llama":
+        return [None] * layers
+    window = values["sliding_window"]
+    if kind == "mistral":
+        return [window] * layers
+    if not values["use_sliding_window"]:
+        window = None
+    types = values["layer_types"]
+    if types is None:
+        slides = window is not None
+        first = values["max_window_layers"]
+        types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(layers)]
+    if len(types) != layers:
+        raise _refuse("layer_types", types, f"one entry for each of {layers} layers")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention") or (name == "sliding_attention" and window is None):
+            raise _refuse("layer_types", name, "full_attention" + (", sliding_attention" if window else ""))
+    return [window if name == "sliding_attention" else None for name in types]
+
+
+def _block_name(window: int | None) -> str:
+    return "full" if window is None else "local"
+
+
+def _shortest_period(names: list[str]) -> tuple[str, ...]:
+    sizes = (n for n in range(1, len(names) + 1) if len(names) % n == 0)
+    return next(tuple(names[:n]) for n in sizes if names[:n] * (len(names) // n) == names)
+
+
+# -- out
+
+
+def to_hf(model: LM) -> dict[str, Any]:
+    """A native Llama-family ``config.json``. Raises UserError naming the first thing that no such family can express."""
+    cfg = model.cfg
+    _need(cfg.norm == "rmsnorm", f"norm '{cfg.norm}'")
+    _need(not cfg.learned_positions, "learned_positions")
+    _need(cfg.branches == 1, f"branches={cfg.branches}")
+    _need(not cfg.dropout, f"dropout={cfg.dropout}")
+    _need(not model.tables() and not model.addressing, "row stores")
+    layers = cfg.layers()
+    for i, block in enumerate(layers):
+        _need(block.memory is None, f"layer {i}: a memory")
+        for slot, kind in (("mixer", "attention"), ("channel", "swiglu")):
+            found = getattr(getattr(block, slot), "kind", None)
+            _need(found == kind, f"layer {i}: {slot} '{found}'")
+        _need(_shape(model, i) == _shape(model, 0), f"layer {i}: a shape or option other than in layer 0")
+    windows = [block.mixer.window for block in layers]
+    attention: Any = model.layers[0].mixer
+    kind, extra = _family(attention.cfg, layers[0].channel.bias, windows)
+    if kind == "llama":
+        _need(cfg.d_model % attention.heads == 0, f"heads={attention.heads} that do not divide d_model={cfg.d_model}")
+    channel: Any = model.layers[0].channel
+    return {
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": channel.hidden,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "hidden_act": "silu",
+        # a native checkpoint must name a length; rotary positions have no hard end
+        "max_position_embeddings": cfg.max_seq_len or FAMILIES[kind].defaults["max_position_embeddings"],
+        "initializer_range": cfg.init_std,
+        "rms_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tied,
+        "attention_dropout": attention.cfg.dropout,
+        "rope_theta": attention.cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": attention.cfg.rope_theta},
+        "use_cache": True,
+        **extra,
+    }
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"{what} cannot be written as a Llama-family checkpoint; use --format loci")
+
+
+def _shape(model: LM, layer: int) -> tuple[Any, ...]:
+    """Everything that these families hold once for all layers."""
+    mixer, channel = model.layers[layer].mixer, model.layers[layer].channel
+    if not (isinstance(mixer, Attention) and isinstance(channel, SwiGLU)):
+        return ()
+    c = mixer.cfg
+    return (
+        mixer.splits,
+        mixer.head_dim,
+        c.rope_theta,
+        c.qk_norm,
+        c.bias,
+        c.dropout,
+        channel.hidden,
+        channel.cfg.bias,
+    )
+
+
+def _family(attention: AttentionConfig, mlp_bias: bool, windows: list[int | None]) -> tuple[str, dict[str, Any]]:
+    """-> (model_type, the fields only it has)."""
+    _need(attention.rope_theta is not None, "attention without rotary positions")
+    widths = {w for w in windows if w is not None}
+    if attention.qk_norm:
+        _need(not mlp_bias, "swiglu with bias and attention with qk_norm")
+        _need(len(widths) <= 1, f"windows of several widths {sorted(widths)}")
+        types = ["full_attention" if w is None else "sliding_attention" for w in windows]
+        sliding = {"use_sliding_window": bool(widths), "sliding_window": min(widths, default=None)}
+        return "qwen3", {"attention_bias": attention.bias, "layer_types": types, **sliding}
+    if not widths:
+        return "llama", {"attention_bias": attention.bias, "mlp_bias": mlp_bias}
+    _need(len(set(windows)) == 1, "a window in some layers only, without qk_norm,")
+    _need(not attention.bias and not mlp_bias, "bias together with a window, without qk_norm,")
+    return "mistral", {"sliding_window": windows[0]}

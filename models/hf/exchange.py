@@ -1,0 +1,159 @@
+"""Whole checkpoints: a Hugging Face folder to a run, a run to a Hugging Face folder, and either opened in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from models.config import ModelConfig, model_config
+from models.errors import UserError, nearest
+from models.folder import MANIFEST, atomic_folder, load_model, load_state, save_weights
+from models.hf import config as families
+from models.hf import weights
+from models.hf.tokenizer import export_tokenizer, import_tokenizer
+from models.lm import LM, meta_model
+from models.parsing import to_dict
+
+FORMATS = ("auto", "llama", "loci")
+AUTO_MAP = {"AutoConfig": "modeling_loci.LociConfig", "AutoModelForCausalLM": "modeling_loci.LociForCausalLM"}
+SHIM = '''"""Lets transformers find the model's code with trust_remote_code=True; the code itself is the loci-lm package."""
+
+try:
+    from models.hf.modeling import LociConfig, LociForCausalLM  # noqa: F401
+except ImportError as error:
+    raise ImportError("this checkpoint needs loci-lm: install it, or put its repository on PYTHONPATH") from error
+'''
+
+
+def import_run(source: Path | str, run: Path | str, dtype: torch.dtype = torch.float32) -> LM:
+    """A checkpoint folder as a new run with one checkpoint, of step 0. -> the model.
+
+    Raises UserError for anything that is not supported; then no run is left behind.
+    """
+    source, run = Path(source), Path(run)
+    _must_be_new(run)
+    raw = _read_config(source)
+    model = _open(source, raw, dtype)
+    with atomic_folder(run) as folder:
+        import_tokenizer(source, folder / "tokenizer", raw)
+        config = {"model": to_dict(model.cfg), "imported_from": str(source)}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        with atomic_folder(folder / "checkpoints" / "step_00000000") as checkpoint:
+            save_weights(model, checkpoint)
+    (run / MANIFEST).unlink()  # a run grows, so only its checkpoints carry a manifest
+    return model
+
+
+def export_run(
+    run: Path | str,
+    folder: Path | str,
+    format: str = "auto",
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The newest checkpoint of a run (or that of ``step``) as a Hugging Face folder. -> the architecture it is written as.
+
+    ``format``: ``llama`` writes a native Llama, Mistral or Qwen3 and refuses what these cannot express, ``loci`` the
+    registered class, ``auto`` the first where possible. ``dtype``: of the weights; default as they are in the checkpoint.
+    """
+    run, folder = Path(run), Path(folder)
+    if format not in FORMATS:
+        raise UserError(f"unknown format '{format}'{nearest(format, FORMATS)}")
+    _must_be_new(folder)
+    model, _ = load_model(run, dtype=dtype, step=step)
+    config = _config(model, format)
+    config["dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    with atomic_folder(folder) as target:
+        ends = export_tokenizer(run / "tokenizer", target, model.cfg.max_seq_len)
+        config |= ends
+        if config["model_type"] == "loci":
+            named = {f"{weights.PREFIX}{name}": tensor for name, tensor in model.state_dict().items()}
+            weights.save_tables(model, target)
+            write_shim(target)
+        else:
+            named = weights.to_llama(model)
+        weights.write_tensors(named, target / "model.safetensors")
+        (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (target / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
+    return config["architectures"][0]
+
+
+def load_pretrained(
+    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[LM, Path]:
+    """An exported folder, or any Llama-family checkpoint, as our own model. -> (model in eval mode, folder of its tokenizer)."""
+    folder = Path(folder)
+    model = _open(folder, _read_config(folder), dtype)
+    return model.to(device), folder
+
+
+def loci_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The config.json of the registered class: our own config, and the few facts that tools look for."""
+    known_length = {"max_position_embeddings": cfg.max_seq_len} if cfg.max_seq_len else {}
+    return {
+        "architectures": ["LociForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "model_type": "loci",
+        "model": to_dict(cfg),
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "tie_word_embeddings": cfg.tied,
+        "use_cache": True,
+        **known_length,
+    }
+
+
+def write_shim(folder: Path) -> None:
+    (folder / f"{AUTO_MAP['AutoConfig'].partition('.')[0]}.py").write_text(SHIM)
+
+
+def _config(model: LM, format: str) -> dict[str, Any]:
+    if format == "llama":
+        return families.to_hf(model)
+    if format == "auto":
+        try:
+            return families.to_hf(model)
+        except UserError:
+            pass
+    return loci_config(model.cfg)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"no folder '{folder}'")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{folder}' is not a Hugging Face checkpoint (no config.json with a model_type)") from error
+    return raw
+
+
+def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> LM:
+    """A native checkpoint is read in fp32 unless ``dtype`` says otherwise, one of our own as it is stored."""
+    tensors = weights.read_tensors(folder)
+    if raw["model_type"] == "loci":
+        model = meta_model(model_config(raw.get("model")))
+        tensors = {name.removeprefix(weights.PREFIX): t.to(dtype or t.dtype) for name, t in tensors.items()}
+    else:
+        try:
+            model = meta_model(families.from_hf(raw))
+            tensors = weights.from_llama(tensors, model, dtype or torch.float32)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+    stored = tensors.get("embed.weight", torch.empty(0)).dtype
+    model = model.to(stored).to_empty(device="cpu")
+    load_state(model, tensors, str(folder))
+    weights.load_tables(model, folder)
+    return model.eval()
+
+
+def _must_be_new(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"'{path}' already exists; give a new folder")

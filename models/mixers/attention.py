@@ -1,0 +1,264 @@
+"""Causal softmax attention: grouped queries, rotary or no positions, sliding window, q/k-norm, packed documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.errors import UserError
+from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, build_norm, count_params, normal_, reset_norm
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    kind: str = "attention"
+    heads: int = 8
+    kv_heads: int | None = None  # fewer than heads: grouped-query attention (arXiv:2305.13245)
+    head_dim: int | None = None  # default d_model / heads
+    window: int | None = None  # each token sees itself and the window - 1 tokens before it
+    rope_theta: float | None = 10000.0  # rotary positions (arXiv:2104.09864); null: none here
+    qk_norm: bool = False  # RMSNorm over each head of q and k (arXiv:2302.05442)
+    bias: bool = False
+    dropout: float = 0.0  # on attention probabilities, in training
+
+    def __post_init__(self) -> None:
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window must be at least 1, got {self.window}")
+        if self.head_dim is not None and self.head_dim % 2 and self.rope_theta is not None:
+            raise UserError(f"head_dim={self.head_dim} must be even for rotary positions")
+
+    def tiny(self) -> AttentionConfig:
+        """For a model of width 64."""
+        grouped = self.kv_heads is not None and self.kv_heads < self.heads
+        window = None if self.window is None else min(self.window, 16)
+        return replace(self, heads=4, kv_heads=2 if grouped else None, head_dim=self.head_dim and 16, window=window)
+
+
+class AttentionState(NamedTuple):
+    """Keys and values by absolute position (full attention) or by position modulo the window (a ring)."""
+
+    k: Tensor  # [B, Hkv, S, K]
+    v: Tensor  # [B, Hkv, S, K]
+
+
+class Attention(Part):
+    Config = AttentionConfig
+
+    def __init__(self, cfg: AttentionConfig, site: Site) -> None:
+        super().__init__(cfg, site)
+        if cfg.head_dim is None and site.d_model % cfg.heads:
+            raise site.refuse(f"heads={cfg.heads} does not divide d_model={site.d_model}; give head_dim")
+        self.heads, self.kv_heads = cfg.heads, cfg.kv_heads or cfg.heads
+        self.head_dim = cfg.head_dim or site.d_model // cfg.heads
+        if self.head_dim % 2 and cfg.rope_theta is not None:
+            raise site.refuse(f"head_dim={self.head_dim} must be even for rotary positions")
+        self.splits = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
+        self.qkv = nn.Linear(site.d_model, sum(self.splits), bias=cfg.bias)
+        self.out = nn.Linear(self.splits[0], site.d_model, bias=cfg.bias)
+        if cfg.qk_norm:
+            self.q_norm = build_norm("rmsnorm", self.head_dim, site.norm_eps)
+            self.k_norm = build_norm("rmsnorm", self.head_dim, site.norm_eps)
+
+    def forward(
+        self, x: Tensor, ctx: Ctx, state: AttentionState | None = None, donate: bool = False
+    ) -> tuple[Tensor, AttentionState | None, Aux]:
+        q, k, v = self._heads(self.norm(x), ctx)
+        mask = ctx.shared[self._mask_key]
+        if state is not None:
+            state, k, v = self._remember(state, k, v, ctx, donate)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.cfg.dropout if self.training else 0.0,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out(rearrange(y, "B H T K -> B T (H K)")), state, Aux()
+
+    def _heads(self, h: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, D] -> q [B, H, T, K], k and v [B, Hkv, T, K], normalised and rotated."""
+        qkv = rearrange(self.qkv(h), "B T (H K) -> B T H K", K=self.head_dim)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.cfg.qk_norm:
+            q, k = qk.split((self.heads, self.kv_heads), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2).to(v.dtype)
+        if self.cfg.rope_theta is not None:
+            qk = rotate(qk, *ctx.shared[self._rope_key])
+        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
+        return q, k, v.transpose(1, 2)
+
+    # -- what all attention layers of a kind share in one forward
+
+    @property
+    def _rope_key(self) -> str:
+        return f"rope.{self.cfg.rope_theta}.{self.head_dim}"
+
+    @property
+    def _mask_key(self) -> str:
+        return f"attention_mask.{self.cfg.window}"
+
+    def shared(self) -> dict[str, Callable[[Ctx, Any], Any]]:
+        found: dict[str, Callable[[Ctx, Any], Any]] = {self._mask_key: self._mask}
+        if self.cfg.rope_theta is not None:
+            found[self._rope_key] = lambda ctx, _: rope_table(ctx.positions, self.cfg.rope_theta, self.head_dim)
+        return found
+
+    def _mask(self, ctx: Ctx, state: AttentionState | None) -> Tensor | None:
+        """None: plain causal. Otherwise bool [B or 1, 1, T, S], True where a query may look; every row has a True."""
+        if state is not None:
+            return self._mask_with_state(ctx, state)
+        window, T = self.cfg.window, ctx.tokens.shape[1]
+        if ctx.cu_seqlens is None and ctx.valid is None and (window is None or window >= T):
+            return None
+        index = torch.arange(T, device=ctx.tokens.device)
+        age = index[:, None] - index[None, :]
+        mask = (age >= 0)[None]
+        if window is not None:  # padding does not count, so the distance is one of positions
+            mask = mask & (ctx.positions[:, :, None] - ctx.positions[:, None, :] < window)
+        if ctx.valid is not None:
+            mask = mask & (ctx.valid[:, None, :] | (age == 0))
+        if ctx.cu_seqlens is not None:
+            segment = ctx.shared["segments"]
+            mask = mask & (segment[:, :, None] == segment[:, None, :])
+        return mask[:, None]
+
+    def _mask_with_state(self, ctx: Ctx, state: AttentionState) -> Tensor:
+        slots = self._slot_positions(state, ctx)[:, None, :]
+        age = ctx.positions[:, :, None] - slots
+        mask = (age >= 0) & (slots >= 0)
+        if self.cfg.window is not None:
+            mask = mask & (age < self.cfg.window)
+        if ctx.valid is not None:  # an invalid query sees something, so that its softmax stays finite
+            mask = mask | ~ctx.valid[:, :, None]
+        return mask[:, None]
+
+    # -- decode state
+
+    def _capacity(self, max_len: int) -> int:
+        return max_len if self.cfg.window is None else min(self.cfg.window, max_len)
+
+    def init_state(
+        self, batch: int, device: torch.device | str, dtype: torch.dtype, max_len: int
+    ) -> AttentionState:
+        shape = (batch, self.kv_heads, self._capacity(max_len), self.head_dim)
+        return AttentionState(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    def _extent(self, state: AttentionState, ctx: Ctx) -> int:
+        """How many slots can be occupied. The host may only look where looking is free."""
+        capacity = state.k.shape[2]
+        if ctx.positions.device.type != "cpu" or torch.compiler.is_compiling():
+            return capacity
+        needed = max(int(ctx.positions.max()) + 1, 1)
+        if self.cfg.window is None and needed > capacity:
+            raise UserError(f"context of {needed} tokens does not fit a state made for {capacity}")
+        return min(capacity, needed)
+
+    def _is_ring(self, ctx: Ctx) -> bool:
+        """A ring overwrites what left the window: several tokens at once must see the old slots beside the new tokens."""
+        return self.cfg.window is not None and ctx.tokens.shape[1] > 1
+
+    def _slot_positions(self, state: AttentionState, ctx: Ctx) -> Tensor:
+        """Absolute position of each key that `_remember` returns, negative where there is none: [B, S]."""
+        size = state.k.shape[2]
+        if not self._is_ring(ctx):
+            return _ring_positions(_last(ctx), size)[:, : self._extent(state, ctx)]
+        new = ctx.positions if ctx.valid is None else ctx.positions.masked_fill(~ctx.valid, -1)
+        return torch.cat((_ring_positions(_before(ctx), size), new), dim=1)
+
+    def _remember(
+        self, state: AttentionState, k: Tensor, v: Tensor, ctx: Ctx, donate: bool
+    ) -> tuple[AttentionState, Tensor, Tensor]:
+        """-> (state with these tokens, keys, values to attend to)."""
+        slot = ctx.positions % state.k.shape[2]
+        old = state
+        ring = self._is_ring(ctx)
+        if ctx.valid is None and not ring:
+            index = slot[:, None, :, None].expand_as(k)
+            write = torch.Tensor.scatter_ if donate and not torch.is_grad_enabled() else torch.scatter
+            state = AttentionState(*(write(b, 2, index, n.to(b.dtype)) for b, n in ((old.k, k), (old.v, v))))
+        else:
+            state = AttentionState(*_write_latest(old, (k, v), slot, ctx.valid))
+        if ring:
+            return state, torch.cat((old.k.to(k.dtype), k), dim=2), torch.cat((old.v.to(v.dtype), v), dim=2)
+        extent = self._extent(state, ctx)
+        return state, state.k[:, :, :extent].to(k.dtype), state.v[:, :, :extent].to(v.dtype)
+
+    # -- formulas
+
+    def reset_parameters(self, generator: torch.Generator, depth: int) -> None:
+        normal_(self.qkv.weight, self.site.init_std, generator)
+        normal_(self.out.weight, self.site.init_std / math.sqrt(2 * depth), generator)
+        for linear in (self.qkv, self.out):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for norm in (self.norm, *((self.q_norm, self.k_norm) if self.cfg.qk_norm else ())):
+            reset_norm(norm)
+
+    def meta(self) -> dict[str, ParamMeta]:
+        return {**super().meta(), "qkv.weight": ParamMeta(splits=self.splits)}
+
+    def cost(self, seq_len: int, dtype: torch.dtype = torch.float32) -> Cost:
+        window = min(self.cfg.window or seq_len, seq_len)
+        # keys seen per query, averaged over a causal sequence: the first `window` queries see 1..window, the others window
+        keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+        params = count_params(self)
+        matmul = 2 * (self.qkv.weight.numel() + self.out.weight.numel())
+        scores = 4 * self.heads * self.head_dim * keys
+        state = 2 * self.kv_heads * self.head_dim * self._capacity(seq_len) * dtype.itemsize
+        return Cost(params, params, matmul + scores, state)
+
+
+def _before(ctx: Ctx) -> Tensor:
+    """The newest position before this call, -1 for none: [B, 1]."""
+    first = ctx.positions[:, :1]
+    return first - 1 if ctx.valid is None else first - ctx.valid[:, :1].long()
+
+
+def _last(ctx: Ctx) -> Tensor:
+    """The newest position after this call: [B, 1]."""
+    return ctx.positions[:, -1:]
+
+
+def _ring_positions(last: Tensor, size: int) -> Tensor:
+    """last [B, 1], the newest position written -> the position in each of `size` slots, negative where empty: [B, size]."""
+    slot = torch.arange(size, device=last.device)
+    return last - (last - slot) % size
+
+
+def _write_latest(
+    buffers: AttentionState, new: tuple[Tensor, Tensor], slot: Tensor, valid: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Write token t into its slot [B, T]; of several tokens for one slot the latest wins, invalid ones write nothing."""
+    B, T = slot.shape
+    size = buffers.k.shape[2]
+    time = torch.arange(T, device=slot.device).expand(B, T)
+    if valid is not None:
+        slot = torch.where(valid, slot, size)  # one slot more than there are, cut off below
+    source = torch.full((B, size + 1), -1, device=slot.device).scatter_reduce(1, slot, time, "amax")[:, None, :size, None]
+    index = source.clamp(min=0).expand(-1, new[0].shape[1], -1, new[0].shape[3])
+    return tuple(torch.where(source >= 0, n.gather(2, index).to(b.dtype), b) for b, n in zip(buffers, new, strict=True))
+
+
+def rope_table(positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """positions [B, T] -> cos, sin [B, T, 1, K/2] in fp32 (arXiv:2104.09864, eq. 34, halves rotated instead of pairs)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = positions[..., None, None].float() * theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, K] rotated by its position; in the dtype of x."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,0 +1,1 @@
+"""The loop's tools: optimizer, schedule, interventions, parallel, checkpoint, run log."""

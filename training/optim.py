@@ -1,0 +1,168 @@
+"""One composite optimizer for everything that learns: AdamW groups, Muon for matrices, row stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import UserError, nearest
+from models.lm import LM
+from models.parsing import choice
+from models.types import ParamMeta, RowReset
+from training import schedule
+from training.muon import Muon
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    muon: bool = False  # for matrices (arXiv:2502.16982); the same rate serves both
+    muon_momentum: float = 0.95
+    schedule: str = "cosine"  # cosine | wsd | constant
+    warmup: float = 0.02  # steps, or a share of the run when below 1
+    decay: float = 0.2  # share of the run in which wsd falls
+    floor: float = 0.1  # last rate as a share of the first
+
+    def __post_init__(self) -> None:
+        choice("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        if len(self.betas) != 2:
+            raise UserError(f"optim.betas: expected two numbers, got {list(self.betas)}")
+
+    def rate(self, step: int, total: int) -> float:
+        """The base learning rate of a step."""
+        warmup = round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+        return self.lr * schedule.factor(step, total, self.schedule, warmup, self.decay, self.floor)
+
+
+class Optimizer:
+    """Built from the model's `meta`. State is kept by parameter name, so that it survives a model that gains or loses parts."""
+
+    def __init__(self, model: LM, cfg: OptimConfig) -> None:
+        self.cfg = cfg
+        self.params = dict(model.named_parameters())
+        self.meta = model.meta()
+        self.tables = model.tables()
+        self.table_steps = 0
+        self.muon_names = [n for n in self.params if cfg.muon and _takes_muon(self.meta[n], self.params[n])]
+        self.muon = Muon(cfg.muon_momentum)
+        groups: dict[tuple[float, bool], list[str]] = {}
+        for name in self.params.keys() - set(self.muon_names):
+            groups.setdefault((self.meta[name].lr_mult, self.meta[name].decay), []).append(name)
+        self.groups = {key: sorted(names) for key, names in sorted(groups.items())}
+        self.adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": [self.params[n] for n in names],
+                    "lr_mult": lr_mult,
+                    "weight_decay": cfg.weight_decay * decay,
+                }
+                for (lr_mult, decay), names in self.groups.items()
+            ],
+            lr=cfg.lr,
+            betas=(cfg.betas[0], cfg.betas[1]),
+            eps=cfg.eps,
+            fused=all(p.dtype.is_floating_point and p.device.type in ("cpu", "cuda") for p in self.params.values()),
+        )
+        self.base_lr = cfg.lr
+
+    def set_lr(self, lr: float) -> None:
+        """The base rate of the next step; every group applies its own multiple."""
+        self.base_lr = lr
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+
+    def zero_grad(self) -> None:
+        for p in self.params.values():
+            p.grad = None
+        for table in self.tables.values():
+            table.clear_grad()
+
+    def grads(self) -> list[Tensor]:
+        """Every gradient there is, row gradients of tables included (summed over repeated rows)."""
+        found = [p.grad for p in self.params.values() if p.grad is not None]
+        return found + [g[1] for table in self.tables.values() if (g := table.take_grad()) is not None]
+
+    def grad_norm(self) -> Tensor:
+        """The global L2 norm over everything that learns: a 0-d tensor, not synchronised with the host."""
+        return torch.nn.utils.get_total_norm(self.grads())
+
+    def clip(self, norm: Tensor) -> None:
+        """Scale all gradients so that their norm is at most ``cfg.clip``."""
+        if self.cfg.clip:
+            scale = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(self.grads(), scale)
+
+    def step(self) -> None:
+        self.adamw.step()
+        if self.muon_names:
+            names = self.muon_names
+            self.muon.step(
+                {n: self.params[n] for n in names},
+                {n: self.meta[n].splits for n in names},
+                {n: self.base_lr * self.meta[n].lr_mult for n in names},
+                {n: self.cfg.weight_decay * self.meta[n].decay for n in names},
+            )
+        self.table_steps += 1
+        for table in self.tables.values():
+            grad = table.take_grad()
+            if grad is not None:
+                lr = self.base_lr * table.meta.lr_mult
+                table.step(*grad, lr, self.cfg.betas[0], self.cfg.betas[1], self.cfg.eps, self.table_steps)
+
+    def zero_rows(self, resets: Iterable[RowReset]) -> None:
+        """Forget the moments of rows that were replaced, so that old gradients do not pull on new values."""
+        for name, rows in resets:
+            if name in self.tables:
+                self.tables[name].zero_moments(rows)
+                continue
+            if name not in self.params:
+                raise ValueError(f"reset of unknown parameter '{name}'{nearest(name, self.params)}")
+            for moment in self._moments(name).values():
+                if moment.ndim:
+                    moment[rows.to(moment.device)] = 0
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        if name in self.muon_names:
+            return {"momentum": self.muon.state[name]} if name in self.muon.state else {}
+        return self.adamw.state.get(self.params[name], {})
+
+    # -- checkpoint: tensors by name, and plain numbers
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{name}/{key}": t for name in self.params for key, t in self._moments(name).items()}
+
+    def scalars(self) -> dict[str, Any]:
+        return {"table_steps": self.table_steps}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], strict: bool = True) -> None:
+        """``strict=False``: parameters without stored moments start without (a model that gained parts)."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, moment = key.rpartition("/")
+            by_name.setdefault(name, {})[moment] = tensor
+        unknown = sorted(by_name.keys() - self.params.keys())
+        if strict and unknown:
+            raise UserError(f"optimizer state of '{unknown[0]}' belongs to no parameter{nearest(unknown[0], self.params)}")
+        for name, moments in by_name.items():
+            p = self.params.get(name)
+            if p is None:
+                continue
+            placed = {k: t.to(p.device) if t.ndim else t for k, t in moments.items()}
+            if name in self.muon_names:
+                self.muon.state[name] = placed["momentum"]
+            else:
+                on_device = self.adamw.defaults["fused"]
+                self.adamw.state[p] = {k: t.to(p.device) if on_device else t for k, t in placed.items()}
+        self.table_steps = scalars.get("table_steps", 0)
+
+
+def _takes_muon(meta: ParamMeta, p: Tensor) -> bool:
+    return meta.optimizer == "auto" and meta.role == "matrix" and p.ndim >= 2

@@ -1,0 +1,277 @@
+"""The run folder: everything that explains a run, and what a person sees while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kernels import dispatch
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is only printed for these.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def new_run_folder(out_dir: str, name: str) -> Path:
+    """``out_dir/name``, or with a number behind it when that is taken: a fresh start never touches an older run."""
+    base = Path(out_dir) / (name or "run")
+    for i in range(1, 10000):
+        path = base if i == 1 else base.with_name(f"{base.name}-{i}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+    raise FileExistsError(str(base))
+
+
+def write_description(run: Path, config: dict[str, Any], summary: str, corpus: dict[str, Any]) -> None:
+    """config.yaml, summary.txt, data.json and environment.json: written once, when a run starts."""
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    (run / "summary.txt").write_text(summary + "\n")
+    (run / "data.json").write_text(json.dumps(corpus, indent=1))
+    write_environment(run)
+
+
+def write_environment(run: Path) -> None:
+    """Versions, commit, uncommitted changes, machine, and which kernels ran and why."""
+    packages = ("torch", "triton", "numpy", "tokenizers", "transformers", "datasets", "lm-eval", "einops", "safetensors")
+    commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    found = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in packages},
+        "commit": commit,
+        "uncommitted_changes": bool(diff),
+        "kernels": {"setting": dispatch.setting(), "ran": dispatch.report()},
+    }
+    (run / "environment.json").write_text(json.dumps(found, indent=1))
+    if diff:
+        (run / "source.diff").write_text(diff)
+
+
+def _git(*args: str) -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "cpu"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
+    """Of one device at this precision, where it is known."""
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+class RunLog:
+    """``metrics.jsonl`` always, wandb and TensorBoard when asked, and a progress line. Only rank 0 makes one."""
+
+    def __init__(self, run: Path, total: int, start: int, tokens_per_step: int, log: Any, config: dict[str, Any]) -> None:
+        self.run, self.total, self.start, self.tokens_per_step = run, total, start, tokens_per_step
+        self.path = run / "metrics.jsonl"
+        self._forget_after(start)
+        self.file = self.path.open("a")
+        self.began = self.last_line = time.monotonic()
+        self.bar = self._bar() if sys.stderr.isatty() else None
+        self.wandb = self._start_wandb(log, config) if log.wandb != "off" else None
+        self.board = self._start_board() if log.tensorboard else None
+
+    def _forget_after(self, step: int) -> None:
+        """A killed run may have logged steps that its last checkpoint does not hold; they will be logged again."""
+        if not self.path.exists():
+            return
+        lines = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
+            except (ValueError, KeyError):
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        os.replace(temporary, self.path)
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(total=self.total, initial=self.start, unit="step", dynamic_ncols=True, file=sys.stderr, smoothing=0.05)
+
+    def _start_wandb(self, log: Any, config: dict[str, Any]) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=log.wandb_project,
+            name=self.run.name,
+            id=self.run.name.replace("/", "-"),
+            resume="allow",
+            mode=log.wandb,
+            dir=str(self.run),
+            config=config,
+        )
+
+    def _start_board(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed, and the same numbers to the other loggers."""
+        line = {"step": step, "tokens": step * self.tokens_per_step, **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        flat = dict(_flat(line))
+        if self.wandb is not None:
+            self.wandb.log(flat, step=step)
+        if self.board is not None:
+            for name, value in flat.items():
+                self.board.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Show where the run is: a bar on a terminal, else a line every few seconds."""
+        shown = {k: _short(v) for k, v in values.items() if v is not None}
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.last_line > 10 or step in (self.start + 1, self.total):
+            self.last_line = now
+            done = step - self.start
+            eta = (now - self.began) / max(1, done) * (self.total - step)
+            text = "  ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"step {step}/{self.total}  {text}  eta {_clock(eta)}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def sample(self, step: int, text: str) -> None:
+        with (self.run / "samples.txt").open("a") as file:
+            file.write(f"=== step {step}\n{text}\n\n")
+
+    def close(self) -> None:
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.board is not None:
+            self.board.close()
+
+
+class Meter:
+    """Tokens per second since the last reading, pauses left out, and the share of the device's peak (MFU) where it is known."""
+
+    def __init__(self, start: int, tokens_per_step: int, flops_per_token: float, peak: float | None, devices: int) -> None:
+        self.tokens_per_step, self.flops_per_token, self.peak, self.devices = tokens_per_step, flops_per_token, peak, devices
+        self.since, self.clock = start, time.monotonic()
+
+    def read(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        rate = (step - self.since) * self.tokens_per_step / max(1e-9, now - self.clock)
+        self.since, self.clock = step, now
+        found = {"tokens_per_s": rate}
+        if self.peak:
+            found["mfu"] = self.flops_per_token * rate / (self.peak * self.devices)
+        return found
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.clock += time.monotonic() - began
+
+
+class StopSignal:
+    """The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class Trace:
+    """Profiles a few steps of a run, after one to warm up, and writes ``profile.json`` for any Chrome-trace viewer."""
+
+    STEPS = 4
+
+    def __init__(self, run: Path, start: int) -> None:
+        self.path, self.first = run / "profile.json", start + 1
+        self.profiler: Any = None
+
+    def after(self, step: int) -> None:
+        """Called at the end of every step."""
+        if step + 1 == self.first:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.start()
+        elif self.profiler is not None and step + 1 == self.first + self.STEPS:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.path))
+            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12), file=sys.stderr)
+            print(f"trace of {self.STEPS} steps: {self.path}", file=sys.stderr)
+            self.profiler = None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{key}", value
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
