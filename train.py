@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,21 @@ from configs.schema import RunConfig
 from data import Corpus, Loader, iterate_once, open_corpus, prepare
 from eval.generate import sample_text
 from models import LM, Batch, UserError, build, zoo
-from models.config import tiny
 from models.errors import guard
-from models.folder import load_model, run_config
-from models.parsing import to_dict
+from models.folder import run_config
+from models.parsing import from_dict, to_dict
 from models.summary import summary
 from models.types import CommitInfo, Stat
 from training import checkpoint, interventions
+from training.dryrun import dry_run, random_batch
 from training.optim import Optimizer
 from training.parallel import (
     World,
     all_reduce,
     autocast_dtype,
-    broadcast_object,
     merge_stats,
     merge_writes,
+    on_main,
     reduce_stats,
     reduce_writes,
     sync_gradients,
@@ -53,48 +55,59 @@ from training.runlog import (
     RunLog,
     StopSignal,
     Trace,
+    check_loggers,
     new_run_folder,
     peak_flops,
+    write_config,
     write_description,
     write_environment,
+    write_kernels,
 )
 
 
-def train(cfg: RunConfig, w: World, args: argparse.Namespace) -> tuple[Path, bool]:
+def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) -> tuple[Path, bool]:
     """A whole run, from data to last checkpoint. -> (its folder, did it reach the last step?)"""
     corpus = open_data(cfg, w, args.resume)
     cfg = complete(cfg, corpus)
     t, d = cfg.train, cfg.data
-    micro, accumulate = micro_batches(cfg, w)
+    micro, accumulate = t.micro_batches(w.size)
     torch.manual_seed(cfg.seed + w.rank)  # dropout; weights and data order have generators of their own
 
     model = build(cfg.model, cfg.seed, w.device)
     model.recompute = t.recompute
     if args.init_from:
-        say(w, start_from(model, args.init_from))
-    interventions.freeze(model, t.freeze)
-    intervene = interventions.build(t.interventions)
+        say(w, checkpoint.init_from(model, args.init_from))
     optim = Optimizer(model, cfg.optim)
-    loader = Loader(corpus.train, corpus.tokenizer, d.seq_len, micro, cfg.seed, w.rank, w.size, d.packing, d.max_docs_per_row)
+    interventions.freeze(optim, t.freeze)
+    intervene = interventions.build(t.interventions)
+    packing = d.packing, d.max_docs_per_row
+    loader = Loader(corpus.train, corpus.tokenizer, d.seq_len, micro, cfg.seed, w.rank, w.size, *packing)
     dtype = autocast_dtype(t.precision, w.device, sum(p.numel() for p in model.parameters()))
     autocast = partial(torch.autocast, w.device.type, dtype, enabled=dtype is not None)
     if t.compile:
         model.compile()
-    dry_run(model, optim, autocast, micro, d.seq_len, w)
+    dry_run(model, optim, autocast, random_batch(micro, d.seq_len, cfg.model.vocab_size, *packing), w)
 
     start, skipped = 0, 0
     if args.resume:
         folder = Path(args.resume)
         state = checkpoint.restore(folder, model, optim, w)
+        schema.check_resumable(from_dict(RunConfig, state["config"]), cfg)
         loader.load_state_dict(state["loader"])
         start, skipped = state["step"], state["skipped"]
+        say(w, f"resumed {folder} after step {start} of {t.steps}")
+        if w.is_main:
+            write_config(folder, to_dict(cfg))
+            write_environment(folder)
     else:
         folder = describe(cfg, w, corpus, model)
     tokens_per_step = t.batch_size * d.seq_len
     log = RunLog(folder, t.steps, start, tokens_per_step, cfg.log, to_dict(cfg)) if w.is_main else None
-    meter = Meter(start, tokens_per_step, 3 * model.cost(d.seq_len).flops_per_token, peak_flops(w.device, dtype), w.size)
-    stop = StopSignal()
+    flops = 3 * model.cost(d.seq_len).flops_per_token
+    meter = Meter(start, tokens_per_step, flops, peak_flops(w.device, dtype), w.size)
     trace = Trace(folder, start) if args.profile and w.is_main else None
+    stop.arm()
+    stopping = False
 
     for step in range(start, t.steps):
         # 1. pure functions of the global step
@@ -104,7 +117,7 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace) -> tuple[Path, boo
         optim.set_lr(cfg.optim.rate(step, t.steps))
 
         # 2. forward: the mean of `lm` over micro-batches and ranks is the mean over all targets of the step
-        batches = [Batch(**loader.next()).to(w.device) for _ in range(accumulate)]
+        batches = [as_batch(loader.next()).to(w.device) for _ in range(accumulate)]
         targets, stopping = agree(batches, stop, w)
         losses, stats, writes = {}, {}, {}
         for batch in batches:
@@ -150,23 +163,32 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace) -> tuple[Path, boo
             if log and t.sample_every >= 0 and (done % t.every("sample_every") == 0 or last):
                 log.sample(done, sample_text(model, corpus.tokenizer, t.sample_prompt, t.sample_tokens, cfg.seed))
             if done % t.every("save_every") == 0 or last or stopping:
-                position = {"loader": loader.state_dict(), "skipped": skipped}
+                position = {"loader": loader.state_dict(), "skipped": skipped, "config": to_dict(cfg)}
                 checkpoint.save(folder, done, model, optim, position, w, t.keep)
         if trace:
             trace.after(step)
-        if stopping:
+        if stopping and not last:
             break
+    else:
+        stopping = False
 
     loader.close()
+    if trace:
+        trace.close()
     if log:
-        write_environment(folder)
+        write_kernels(folder)
         log.close()
-    if w.is_main and skipped:
-        print(f"{skipped} non-finite steps were skipped", file=sys.stderr)
-    return folder, not stopping or last
+    if skipped:
+        say(w, f"{skipped} non-finite steps were skipped")
+    return folder, not stopping
 
 
 # -- in the loop
+
+
+def as_batch(fields: Mapping[str, Any]) -> Batch:
+    """What the loader hands out, as the model takes it."""
+    return Batch(**fields)
 
 
 def agree(batches: list[Batch], stop: StopSignal, w: World) -> tuple[torch.Tensor, bool]:
@@ -189,7 +211,7 @@ def readable(losses: dict[str, torch.Tensor], stats: dict[str, list[Stat]], w: W
 def validate(
     model: LM, corpus: Corpus, cfg: RunConfig, autocast: Callable[[], Any], rows: int, w: World
 ) -> dict[str, float]:
-    """Mean loss per target (nats), perplexity and bits per byte on the validation split, always over the same tokens."""
+    """Mean loss per target (nats), perplexity and bits per byte on the validation split: always the same tokens."""
     d, limit = cfg.data, cfg.train.val_tokens or None
     token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes())
     sums = torch.zeros(3, dtype=torch.float64)
@@ -197,7 +219,7 @@ def validate(
     for fields in iterate_once(
         corpus.val, corpus.tokenizer, d.seq_len, rows, d.packing, d.max_docs_per_row, w.rank, w.size, limit
     ):
-        batch = Batch(**fields)
+        batch = as_batch(fields)
         assert batch.targets is not None
         with autocast():
             nll = model(batch.to(w.device), denom=1.0).losses["lm"]
@@ -215,12 +237,25 @@ def validate(
 
 def open_data(cfg: RunConfig, w: World, resumed: str | None) -> Corpus:
     """The run's corpus: the one it started with, or prepared now by rank 0 unless that was done before."""
-    where = None
+    where, weights = on_main(partial(find_data, cfg, resumed), w)
+    corpus = open_corpus(where, verify=resumed is not None)
+    shards = [(source, weight) for (source, _), weight in zip(corpus.train, weights, strict=True)]
+    rows = [row | {"weight": weight} for row, weight in zip(corpus.manifest["sources"], weights, strict=True)]
+    return dataclasses.replace(corpus, train=shards, manifest=corpus.manifest | {"sources": rows})
+
+
+def find_data(cfg: RunConfig, resumed: str | None) -> tuple[str, list[float]]:
+    """-> (prepared folder, weight of each source in this run)."""
     if resumed:
-        where = json.loads((Path(resumed) / "data.json").read_text())["dir"]
-    if where is None or not Path(where).is_dir():
-        where = broadcast_object(str(prepare(cfg.data).dir) if w.is_main else None, w)
-    return open_corpus(where)
+        try:
+            known = json.loads((Path(resumed) / "data.json").read_text())
+            where, weights = known["dir"], [float(row["weight"]) for row in known["manifest"]["sources"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{resumed}: data.json, which names the run's data, is missing or damaged") from error
+        if Path(where).is_dir():
+            return where, weights
+    corpus = prepare(cfg.data)
+    return str(corpus.dir.resolve()), [weight for _, weight in corpus.train]
 
 
 def complete(cfg: RunConfig, corpus: Corpus) -> RunConfig:
@@ -228,63 +263,31 @@ def complete(cfg: RunConfig, corpus: Corpus) -> RunConfig:
     size = corpus.tokenizer.vocab_size
     model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or size)
     if model.vocab_size < size:
-        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the {size} tokens of the tokenizer of {corpus.dir}")
-    if model.learned_positions and cfg.data.seq_len > model.max_seq_len:
         raise UserError(
-            f"data.seq_len={cfg.data.seq_len} is longer than the {model.max_seq_len} learned positions (model.max_seq_len)"
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {size} ids ({corpus.dir})"
         )
+    if model.learned_positions and cfg.data.seq_len > model.max_seq_len:
+        limit = f"model.max_seq_len={model.max_seq_len}"
+        raise UserError(f"data.seq_len={cfg.data.seq_len} is longer than the learned positions, {limit}")
     return dataclasses.replace(cfg, model=model)
-
-
-def micro_batches(cfg: RunConfig, w: World) -> tuple[int, int]:
-    """-> (rows in one forward, forwards of this rank in one step)."""
-    rows = cfg.train.batch_size
-    micro = cfg.train.micro_batch or rows // w.size
-    if micro < 1 or rows % (micro * w.size):
-        raise UserError(f"train.batch_size={rows} is not a multiple of {w.size} ranks x train.micro_batch={micro}")
-    return micro, rows // (micro * w.size)
-
-
-def start_from(model: LM, source: str) -> str:
-    """Take the weights of a run or of a Hugging Face folder; -> a sentence that says what was taken."""
-    path = Path(source)
-    if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
-        from models.hf import load_pretrained
-
-        other, _ = load_pretrained(path)
-    else:
-        other, _ = load_model(path)
-    copied, fresh = checkpoint.init_from(model, other.state_dict(), source)
-    names = f" ({', '.join(fresh[:3])}{', ...' if len(fresh) > 3 else ''})" if fresh else ""
-    return f"{copied} tensors from {source}; {len(fresh)} keep their fresh initialisation{names}"
-
-
-def dry_run(model: LM, optim: Optimizer, autocast: Callable[[], Any], rows: int, seq_len: int, w: World) -> None:
-    """One forward and backward on random tokens: wrong shapes and too little memory show now, not after an hour."""
-    tokens = torch.randint(model.cfg.vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(w.device)
-    everything = torch.ones_like(tokens, dtype=torch.bool)
-    try:
-        with torch.random.fork_rng([w.device] if w.device.type == "cuda" else []):
-            with autocast():
-                out = model(Batch(tokens, tokens, everything), denom=everything.sum())
-            model.total(out.losses).backward()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory with {rows} rows of {seq_len} tokens: lower train.micro_batch or data.seq_len"
-        ) from error
-    finally:
-        optim.zero_grad()
 
 
 def describe(cfg: RunConfig, w: World, corpus: Corpus, model: LM) -> Path:
     """Make the run folder and write into it what the run is. Everything that can be refused was refused before."""
-    folder = Path(broadcast_object(str(new_run_folder(cfg.out_dir, cfg.name)) if w.is_main else None, w))
     text = summary(model, cfg.data.seq_len)
     say(w, text)
-    if w.is_main:
-        write_description(folder, to_dict(cfg), text, {"dir": str(corpus.dir.resolve()), "manifest": corpus.manifest})
-        corpus.tokenizer.save(folder / "tokenizer")
-    return folder
+
+    def write() -> Path:
+        folder = new_run_folder(cfg.out_dir, cfg.name)
+        try:
+            write_description(folder, to_dict(cfg), text, {"dir": str(corpus.dir), "manifest": corpus.manifest})
+            corpus.tokenizer.save(folder / "tokenizer")
+        except (OSError, UserError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"cannot write {folder}: {error}") from error
+        return folder
+
+    return on_main(write, w)
 
 
 def say(w: World, text: str) -> None:
@@ -295,64 +298,86 @@ def say(w: World, text: str) -> None:
 # -- the command
 
 
+def check_judge(cfg: RunConfig) -> None:
+    """Raise UserError now for what `judge` could not do when the run ends."""
+    if not cfg.eval.tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("eval.tasks needs the package lm-eval, which is not installed; eval.tasks=[] goes without")
+    from eval.corpus_tasks import NAMES
+
+    others = [task for task in cfg.eval.tasks if task not in NAMES]
+    if others:
+        from eval.judge import find_tasks
+
+        find_tasks(others, [])
+
+
 def judge(cfg: RunConfig, folder: Path) -> None:
     """What the run's `eval` section asks for, on the finished run."""
     if cfg.eval.baselines:
-        from eval.baselines import compare
+        from eval.baselines import run_baselines, table
 
-        compare(folder)
+        print(table(run_baselines(folder)))
     if cfg.eval.tasks:
-        from eval.harness import evaluate, print_table
+        from eval.judge import evaluate, print_table
 
         print_table(evaluate(folder, list(cfg.eval.tasks), limit=cfg.eval.limit))
-
-
-def shrink(cfg: RunConfig) -> RunConfig:
-    """--tiny: the same run, small enough for two steps in seconds on a CPU."""
-    data = dataclasses.replace(cfg.data, seq_len=min(cfg.data.seq_len, 64))
-    small = {"steps": 2, "batch_size": 4, "micro_batch": None, "val_tokens": 2048, "sample_tokens": 16, "compile": False}
-    train = dataclasses.replace(cfg.train, **small)
-    name = f"{cfg.name}-tiny"
-    return dataclasses.replace(cfg, name=name, model=tiny(cfg.model), data=data, train=train, eval=schema.EvalConfig())
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
+        usage="train.py CONFIG [key=value ...] [options]   or   train.py --resume RUN [key=value ...]",
         description="Pretrain a model. Under torchrun the run is data-parallel over the ranks.",
         epilog="example: python train.py configs/quickstart.yaml train.steps=500 data.sources.0.path=my.txt",
     )
+    flag = partial(parser.add_argument, action="store_true")
     parser.add_argument("config", nargs="*", metavar="CONFIG [key=value ...]", help="a run's YAML, then overrides")
     parser.add_argument("--resume", metavar="RUN", help="continue a run folder from its newest whole checkpoint")
-    parser.add_argument("--init-from", metavar="RUN_OR_DIR", help="start from the weights of a run or a Hugging Face folder")
-    parser.add_argument("--freeze", metavar="PATTERN", action="append", default=[], help="parameters that do not learn, e.g. 'layers.*'")
-    parser.add_argument("--profile", action="store_true", help="write a trace of five steps into the run folder")
-    parser.add_argument("--tiny", action="store_true", help="shrink the model and take two steps: does this config work?")
-    parser.add_argument("--allow-foreign", action="store_true", help="permit kind: package.module:Class (runs that code)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--init-from", metavar="RUN_OR_DIR", help="take the weights of a run or a Hugging Face folder")
+    parser.add_argument(
+        "--freeze", metavar="PATTERN", action="append", help="what does not learn, e.g. 'layers.*.mixer.*'"
+    )
+    flag("--profile", help=f"write a trace of {Trace.STEPS} steps into the run folder")
+    flag("--tiny", help="shrink the model and take two steps: does this config work?")
+    flag("--allow-foreign", help="permit kind: package.module:Class (runs that code)")
+    args = parser.parse_intermixed_args(argv)
     args.overrides = [a for a in args.config if "=" in a]
     files = [a for a in args.config if "=" not in a]
     if len(files) != (0 if args.resume else 1):
         parser.error("give one CONFIG, or --resume RUN without one")
+    if args.resume and (args.init_from or args.freeze or args.tiny):
+        parser.error("--resume continues a run as it is: no --init-from, --freeze or --tiny")
     args.file = files[0] if files else None
     return args
+
+
+def settings(args: argparse.Namespace) -> RunConfig:
+    """The run's config from its file and the command line."""
+    if args.resume:
+        run_config(Path(args.resume))
+        file = Path(args.resume) / "config.yaml"
+        cfg = schema.load(file, args.overrides)
+        schema.check_resumable(schema.load(file), cfg)
+        return cfg
+    cfg = schema.load(args.file, args.overrides)
+    if args.freeze:
+        train = dataclasses.replace(cfg.train, freeze=(*cfg.train.freeze, *args.freeze))
+        cfg = dataclasses.replace(cfg, train=train)
+    return schema.shrink(cfg) if args.tiny else cfg
 
 
 @guard
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     zoo.allow_foreign(args.allow_foreign)
-    if args.resume:
-        run_config(Path(args.resume))
-        schema.check_resumable(args.overrides)
-        cfg = schema.load(Path(args.resume) / "config.yaml", args.overrides)
-    else:
-        cfg = schema.load(args.file, [*args.overrides, *([f"train.freeze={args.freeze}"] if args.freeze else [])])
-    if args.tiny:
-        cfg = shrink(cfg)
-    with world(cfg.train.device) as w:
+    cfg = settings(args)
+    check_loggers(cfg.log)
+    with world(cfg.train.device) as w, StopSignal() as stop:
         is_main = w.is_main
-        folder, finished = train(cfg, w, args)
+        on_main(partial(check_judge, cfg), w)
+        folder, finished = train(cfg, w, args, stop)
     if not is_main:
         return 0
     if not finished:

@@ -1,16 +1,16 @@
-"""One run as frozen dataclasses. Precedence: these defaults, then the YAML file, then ``key.path=value`` on the command line."""
+"""One run as frozen dataclasses. Precedence: these defaults, the YAML file, ``key.path=value`` on the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data import DataConfig
-from models.config import ModelConfig
+from models.config import ModelConfig, tiny
 from models.errors import UserError
-from models.parsing import choice, from_dict, load_yaml
+from models.parsing import choice, from_dict, load_yaml, to_dict
 from training.optim import OptimConfig
 
 
@@ -35,9 +35,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         choice("train.precision", self.precision, ("auto", "fp32", "bf16"))
-        for name in ("steps", "batch_size", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        lowest = {"steps": 1, "batch_size": 1, "keep": 1, "val_every": 0, "val_tokens": 0, "save_every": 0}
+        for name, low in {**lowest, "sample_every": -1, "sample_tokens": 1}.items():
+            if getattr(self, name) < low:
+                raise UserError(f"train.{name} must be at least {low}, got {getattr(self, name)}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
             raise UserError(f"train.micro_batch={self.micro_batch} does not divide train.batch_size={self.batch_size}")
 
@@ -46,7 +47,16 @@ class TrainConfig:
         given = getattr(self, name)
         if name == "sample_every" and given == 0:
             return self.every("val_every")
-        return given or max(1, self.steps // 10)
+        return given or -(-self.steps // 10)
+
+    def micro_batches(self, ranks: int) -> tuple[int, int]:
+        """-> (rows in one forward, forwards of one rank in one step)."""
+        micro = self.micro_batch or max(1, self.batch_size // ranks)
+        if self.batch_size % (micro * ranks):
+            raise UserError(
+                f"train.batch_size={self.batch_size} is not a multiple of {ranks} ranks x train.micro_batch={micro}"
+            )
+        return micro, self.batch_size // (micro * ranks)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         choice("log.wandb", self.wandb, ("off", "offline", "online"))
+        if self.every < 1:
+            raise UserError(f"log.every must be at least 1, got {self.every}")
 
 
 @dataclass(frozen=True)
@@ -108,9 +120,26 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return from_dict(RunConfig, raw)
 
 
-def check_resumable(overrides: Sequence[str]) -> None:
-    """Raise UserError when an override touches a setting that may not change on resume."""
-    for override in overrides:
-        key = override.split("=", 1)[0]
-        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
-            raise UserError(f"'{key}' may not change on resume; may change: {', '.join(MAY_CHANGE)}")
+def check_resumable(before: RunConfig, now: RunConfig) -> None:
+    """Raise UserError when a setting differs that may not change on resume."""
+    for key, old in _differences(to_dict(before), to_dict(now)):
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
+            raise UserError(f"'{key}' may not change on resume (was {old!r}); only these may: {', '.join(MAY_CHANGE)}")
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """(key path, old value) of every difference between two trees of plain data."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(k for k in now if k not in before)]:
+            yield from _differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    elif before != now:
+        yield where, before
+
+
+def shrink(cfg: RunConfig) -> RunConfig:
+    """The same run, small enough for two steps in seconds on a CPU; nothing is judged at its end."""
+    small = {"steps": 2, "batch_size": 4, "micro_batch": None, "compile": False}
+    short = {"val_tokens": 2048, "sample_tokens": 16}
+    data = replace(cfg.data, seq_len=min(cfg.data.seq_len, 64))
+    train = replace(cfg.train, **small, **short)
+    return replace(cfg, name=f"{cfg.name}-tiny", model=tiny(cfg.model), data=data, train=train, eval=EvalConfig())

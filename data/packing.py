@@ -121,9 +121,11 @@ def stream(docs: np.ndarray, transitions: np.ndarray, ends: np.ndarray, seq_len:
     beginning; the filling is not scored.
     """
     total, begin, end = int(ends[-1]), first * seq_len, last * seq_len
-    edges = [ends + lap * total for lap in range(begin // total, -(-end // total))]
-    starts = np.unique(np.concatenate([np.arange(begin, end, seq_len), *edges]))
-    starts = starts[(starts >= begin) & (starts < end)]
+    edges = [np.arange(begin, end, seq_len)]
+    for offset in range(begin // total * total, end, total):  # laps over the text; more than one only in the last row
+        inside = slice(*np.searchsorted(ends, (begin - offset, end - offset)))
+        edges.append(ends[inside] + offset)
+    starts = np.unique(np.concatenate(edges))
     length = np.diff(np.append(starts, end))
     place = starts % total
     slot = np.searchsorted(ends, place, side="right")
@@ -140,14 +142,16 @@ class StreamRows:
         self.seq_len, self.key = seq_len, (seed, source)
         self.rows = -(-int(self.transitions.sum()) // seq_len)
         self.windows = -(-self.rows // WINDOW_ROWS)
-        self._epoch, self._order, self._ends = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        self._epoch = -1
+        self._order = self._lengths = self._ends = np.empty(0, np.int64)
 
     def plan(self, epoch: int, window: int) -> Plan:
         """The rows of one window."""
         if epoch != self._epoch:
             self._order = permutation(len(self.transitions), *self.key, _DOCUMENT_ORDER, epoch)
-            self._ends = np.cumsum(self.transitions[self._order])
+            self._lengths = self.transitions[self._order]
+            self._ends = np.cumsum(self._lengths)
             self._epoch = epoch
         first, last = window * WINDOW_ROWS, min((window + 1) * WINDOW_ROWS, self.rows)
-        rows = stream(self._order, self.transitions[self._order], self._ends, self.seq_len, first, last)
+        rows = stream(self._order, self._lengths, self._ends, self.seq_len, first, last)
         return rows.reorder(permutation(rows.rows, *self.key, _ROW_ORDER, epoch, window))

@@ -1,10 +1,11 @@
 """Readers of one file: text (whole or cut), JSON lines, Parquet; compressed files are read as they are."""
 
 import bz2
-import codecs
 import gzip
+import itertools
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, cast
@@ -23,6 +24,7 @@ SUFFIXES = dict.fromkeys(_TEXT.split(), "text") | {
     ".pq": "parquet",
 }
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 _BLOCK = 1 << 20
 
 
@@ -57,57 +59,57 @@ def open_stream(path: Path) -> IO[bytes]:
         raise DataError(f"{path}: cannot be read ({err.strerror or err})") from err
 
 
-def _blocks(path: Path, size: int) -> Iterator[bytes]:
+def blocks(path: Path, size: int = _BLOCK) -> Iterator[bytes]:
+    """The decompressed content of a file, `size` bytes at a time. Raises DataError if it is damaged."""
     with open_stream(path) as stream:
         try:
             while block := stream.read(size):
                 yield block
-        except (EOFError, OSError, lzma.LZMAError) as err:
+        except DAMAGED as err:
             raise DataError(f"{path}: damaged or truncated ({err})") from err
 
 
-def cut_text(path: Path, cut_bytes: int | None) -> Iterator[Record]:
-    """One record with the whole text, or records of about `cut_bytes` characters that joined give exactly the text.
+def read_text(path: Path) -> Iterator[Record]:
+    """One record with the whole text. Raises Undecodable if it is not UTF-8."""
+    yield Record(_decode(b"".join(blocks(path)), 0), path.stat().st_size)
 
-    Raises Undecodable at the first byte that is not UTF-8.
+
+def cut_text(path: Path, cut_bytes: int) -> Iterator[Record]:
+    """Records of cut_bytes/2 to cut_bytes bytes that, joined, are exactly the text (the last may be shorter).
+
+    Raises Undecodable when it reaches a byte that is not UTF-8.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    scale = path.stat().st_size
-    buffer, done, held = "", 0, []
+    unreported = path.stat().st_size
+    buffer, offset = b"", 0
+    for block in itertools.chain(blocks(path), [b""]):
+        buffer += block
+        at, slack = 0, 2 * cut_bytes if block else cut_bytes
+        while len(buffer) - at > slack:
+            end = _cut_point(buffer, at, cut_bytes)
+            passed = min(unreported, end - at)
+            unreported -= passed
+            yield Record(_decode(buffer[at:end], offset + at), passed)
+            at = end
+        buffer, offset = buffer[at:], offset + at
+    yield Record(_decode(buffer, offset), unreported)
+
+
+def _decode(raw: bytes, offset: int) -> str:
     try:
-        for block in _blocks(path, _BLOCK):
-            text = decoder.decode(block)
-            done += len(block)
-            if cut_bytes is None:
-                held.append(text)
-                continue
-            buffer += text
-            at = 0
-            while len(buffer) - at > 2 * cut_bytes:
-                end = _cut_point(buffer, at, cut_bytes)
-                yield Record(buffer[at:end], min(scale, end - at))
-                scale = max(0, scale - (end - at))
-                at = end
-            buffer = buffer[at:]
-        decoder.decode(b"", final=True)
+        return raw.decode("utf-8")
     except UnicodeDecodeError as err:
-        raise Undecodable(done + err.start) from err
-    rest = "".join(held) if cut_bytes is None else buffer
-    if cut_bytes is not None and len(rest) > cut_bytes + cut_bytes // 2:
-        end = _cut_point(rest, 0, cut_bytes)
-        yield Record(rest[:end], min(scale, end))
-        scale = max(0, scale - end)
-        rest = rest[end:]
-    yield Record(rest, scale)
+        raise Undecodable(offset + err.start) from err
 
 
-def _cut_point(text: str, at: int, size: int) -> int:
+def _cut_point(text: bytes, at: int, size: int) -> int:
     """End of a piece that starts at `at`: after the last blank line, else line end, else space, in [size/2, size]."""
     low, high = at + size // 2, at + size
-    for mark in ("\n\n", "\n\r\n", "\n", " "):
+    for mark in (b"\n\n", b"\n\r\n", b"\n", b" "):
         found = text.rfind(mark, low, high)
         if found >= 0:
             return found + len(mark)
+    while text[high] & 0xC0 == 0x80 and high > low:  # not inside a UTF-8 character
+        high -= 1
     return high
 
 
@@ -120,7 +122,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Record]:
         while True:
             try:
                 number, line = next(lines, (0, b""))
-            except (EOFError, OSError, lzma.LZMAError) as err:
+            except DAMAGED as err:
                 raise DataError(f"{path}: damaged or truncated ({err})") from err
             if not number:
                 return

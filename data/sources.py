@@ -12,7 +12,17 @@ from typing import NamedTuple
 
 from data.config import SourceConfig
 from data.errors import DataError, nearest
-from data.readers import SUFFIXES, Record, Undecodable, cut_text, open_stream, plain_suffix, read_jsonl, read_parquet
+from data.readers import (
+    SUFFIXES,
+    Record,
+    Undecodable,
+    blocks,
+    cut_text,
+    plain_suffix,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
 
 # Fewer plain-text files than this are cut into documents of about 16 KiB, less where the text is short.
 FEW_DOCUMENTS = 50
@@ -79,8 +89,10 @@ class Source:
                 yield from read_jsonl(file.path, self.config.field)
             elif self.format == "parquet":
                 yield from read_parquet(file.path, self.config.field)
-            else:
+            elif self.cut_bytes:
                 yield from cut_text(file.path, self.cut_bytes)
+            else:
+                yield from read_text(file.path)
         except Undecodable as err:
             if self.cut_bytes or len(self.files) == 1:
                 raise DataError(f"{file.path}: not UTF-8 text (byte {err.offset})") from err
@@ -185,10 +197,10 @@ def _cut_size(found: list[Path]) -> int:
     """The size that makes at least FEW_DOCUMENTS documents of a short text, at most CUT_BYTES."""
     enough, total = FEW_DOCUMENTS * CUT_BYTES, 0
     for path in found:
-        with open_stream(path) as stream:
-            total += len(stream.read(enough))
-        if total >= enough:
-            return CUT_BYTES
+        for block in blocks(path):
+            total += len(block)
+            if total >= enough:
+                return CUT_BYTES
     return max(MIN_CUT_BYTES, total // FEW_DOCUMENTS)
 
 

@@ -48,7 +48,9 @@ class ResultCache:
         try:
             if self._stream is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+                torn = (
+                    self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+                )
                 self._stream = self.path.open("a", encoding="utf-8")
                 if torn:
                     self._stream.write("\n")

@@ -14,9 +14,7 @@ from models.state import select_rows
 PREFILL_TOKENS = 8192  # padded tokens that one prefill forward may hold
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """logits [B, V] -> one id per row [B]. Temperature 0 is greedy; top_k 0 and top_p 1 keep everything.
 
     Top-p keeps the smallest set of most likely ids whose probability (after top-k) reaches p (arXiv:1904.09751).
@@ -39,7 +37,7 @@ class Decoder:
     """B sequences being written. The state holds all their ids but the last, which the next step feeds."""
 
     def __init__(self, model: LM, prompts: Sequence[Ids], max_new: int) -> None:
-        """Reads the prompts (each at least one id), ragged or not. Raises UserError if prompt and ``max_new`` do not fit."""
+        """Reads the prompts (each at least one id), ragged or not. UserError if prompt and ``max_new`` do not fit."""
         if not prompts or any(len(p) == 0 for p in prompts):
             raise UserError("generation needs a prompt of at least one token")
         self.model = model

@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model in eval mode with its tokenizer. ``config`` is the run's plain ``config.yaml`` ({} for an exported folder)."""
+    """A model in eval mode with its tokenizer. ``config``: plain ``config.yaml`` of the run ({} if exported)."""
 
     model: LM
     tokenizer: Tokenizer
@@ -73,8 +73,7 @@ def _open_exported(path: Path, device: torch.device, dtype: torch.dtype | None, 
 
     if step:
         raise UserError(f"{path} is an exported model: it has no checkpoint of step {step}")
-    model, tokenizer = load_pretrained(path)
-    model = model.to(device=device, dtype=dtype).eval()
+    model, tokenizer = load_pretrained(path, device, dtype)
     digest = hashlib.sha256()
     for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
         digest.update(f"{file.name} {sha256(file)}\n".encode())

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def auto_budget(model: LM, batch_size: int | str = "auto") -> Budget:
     item = model.embed.weight.element_size()
     # A token in flight: a few residual-width and channel-width activations of one layer, and its place in the state.
     per_token = 48 * model.cfg.d_model * model.cfg.branches * item + model.cost(1024).state_bytes // 1024
-    most = 8192 if device.type == "cpu" else 65536  # beyond that a CPU only leaves its caches, a GPU is already full
+    most = 2048 if device.type == "cpu" else 65536  # on a CPU activations should stay in the caches
     tokens = int(min(most, max(256, 0.25 * free / per_token)))
     rows = batch_size if isinstance(batch_size, int) else tokens
     return Budget(tokens if batch_size == "auto" else 1 << 40, rows, int(0.25 * free))
@@ -84,9 +85,11 @@ def walk(
     Yields (place of the first token, hidden states [B, t, D], valid [B, t], state so far).
     """
     tokens, valid = pad(rows, model.embed.weight.device)
-    for start in range(0, tokens.shape[1], width):
-        part = slice(start, start + width)
-        batch = Batch(tokens[:, part], valid=None if valid is None else valid[:, part])
+    T = tokens.shape[1]
+    full = T if valid is None else min(map(len, rows))  # up to here no row is padded, and parts take their plain path
+    starts = [*range(0, full, width), *range(full, T, width)]
+    for start, end in pairwise([*starts, T]):
+        batch = Batch(tokens[:, start:end], valid=None if start < full or valid is None else valid[:, start:end])
         h, after, _ = model.features(batch, state, donate=True)
         assert after is not None
         state = after
@@ -189,7 +192,7 @@ class Scorer:
         return self._collect(groups, parts)
 
     def _collect(self, groups: list[Group], parts: list[Tensor]) -> list[tuple[int, Score]]:
-        """``parts[j]`` [n, D] are the hidden states that predict the n tokens of continuation j (all groups in order)."""
+        """``parts[j]`` [n, D]: the hidden states that predict the n tokens of continuation j, all groups in order."""
         conts = [c for g in groups for c in g.conts]
         members = [m for g in groups for m in g.members]
         targets = torch.tensor([t for c in conts for t in c], device=self.device)
@@ -207,23 +210,37 @@ class Scorer:
         rest = [c[:-1] for group in groups for c in group.conts]
         parts: list[list[Tensor]] = [[last[g : g + 1]] for g in owner]  # the first token is predicted by the context
         feeding = sorted((i for i, r in enumerate(rest) if r), key=lambda i: -len(rest[i]))
-        per_row = self._state_bytes(max(g.length for g in groups))
+        per_row = self._state_bytes(self._capacity(groups))
         while feeding:
             widest = len(rest[feeding[0]])
             most = max(1, min(self.budget.rows, self.budget.tokens // widest, self.budget.state_bytes // per_row))
             rows, feeding = feeding[:most], feeding[most:]
             branch = select_rows(state, torch.tensor([owner[i] for i in rows]))
             width = max(1, self.budget.tokens // len(rows))
-            for start, h, _, _ in walk(self.model, [rest[i] for i in rows], branch, width):
+            fed = [rest[i] for i in rows]
+            if self._room_for_padding(groups, widest):  # it comes after all that counts, and the branch is thrown away
+                fed = [[*r, *[0] * (widest - len(r))] for r in fed]
+            for start, h, _, _ in walk(self.model, fed, branch, width):
                 for b, i in enumerate(rows):
                     if start < len(rest[i]):
                         parts[i].append(h[b, : len(rest[i]) - start])
         return self._collect(groups, [torch.cat(p) for p in parts])
 
+    def _capacity(self, groups: list[Group]) -> int:
+        """Tokens that the state of a batch must hold: with room for padded continuations if the model allows."""
+        rest = max(len(c) for g in groups for c in g.conts) - 1
+        if self._room_for_padding(groups, rest):
+            return max(len(g.context) for g in groups) + rest
+        return max(g.length for g in groups)
+
+    def _room_for_padding(self, groups: list[Group], rest: int) -> bool:
+        limit = self.model.cfg.max_seq_len
+        return not limit or max(len(g.context) for g in groups) + rest <= limit
+
     def _prefill(self, groups: list[Group]) -> tuple[Tensor, LMState]:
-        """-> (hidden states of the last context tokens [B, D], state after the contexts), the common prefix read once."""
+        """-> (hidden states of the last context tokens [B, D], state after them); a common prefix is read once."""
         contexts = [g.context for g in groups]
-        capacity = max(g.length for g in groups)
+        capacity = self._capacity(groups)
         common = min(common_prefix(contexts), min(len(c) for c in contexts) - 1)
         if len(groups) > 1 and common >= PREFIX:
             one = self.model.init_state(1, capacity)

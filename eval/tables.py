@@ -18,7 +18,10 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; columns that hold only numbers are right-aligned."""
     text = [[cell(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows]
     widths = [max(3, len(h), *(len(row[i]) for row in text), 0) for i, h in enumerate(headers)]
-    right = [bool(rows) and all(row[i] is None or isinstance(row[i], int | float) for row in rows) for i in range(len(headers))]
+    right = [
+        bool(rows) and all(row[i] is None or isinstance(row[i], int | float) for row in rows)
+        for i in range(len(headers))
+    ]
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right)]

@@ -42,6 +42,8 @@ class ModelConfig:
         for name in ("d_model", "n_layers", "branches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not self.blocks:
             raise UserError("blocks: at least one named block is needed")
         if self.learned_positions and self.max_seq_len < 1:
@@ -72,7 +74,10 @@ class ModelConfig:
 
     def _amended(self, layer: int, block: BlockConfig) -> BlockConfig:
         changes = {}
-        for slot, raw in (self.at.get(layer) or {}).items():
+        amendment = self.at.get(layer) or {}
+        if not isinstance(amendment, dict):
+            raise UserError(f"at.{layer}: expected a mapping of {', '.join(SLOTS)}, got {amendment!r}")
+        for slot, raw in amendment.items():
             where = f"at.{layer}.{slot}"
             if slot not in SLOTS:
                 raise UserError(f"unknown key '{where}'{nearest(slot, SLOTS)}")

@@ -1,4 +1,4 @@
-"""A model on disk: folders that are whole or not there, weights without pickled code, and finding the newest good checkpoint.
+"""A model on disk: folders that are whole or not there, weights without pickled code, and the newest good checkpoint.
 
 A run folder holds ``config.yaml`` (with a resolved ``model`` section), ``tokenizer/`` and
 ``checkpoints/step_XXXXXXXX/{model.safetensors, ..., manifest.json}``. The manifest is written last, with the size and
@@ -133,8 +133,9 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> Non
             raise UserError(f"{where}: tensor '{name}' is missing{nearest(name, tensors)}")
         if name not in own:
             raise UserError(f"{where}: tensor '{name}' is not in the model{nearest(name, own)}")
-        if own[name].shape != tensors[name].shape:
-            raise UserError(f"{where}: '{name}' has shape {tuple(tensors[name].shape)}, the model {tuple(own[name].shape)}")
+        shape, wanted = tuple(tensors[name].shape), tuple(own[name].shape)
+        if shape != wanted:
+            raise UserError(f"{where}: '{name}' has shape {shape}, the model {wanted}")
     module.load_state_dict(tensors)
 
 
@@ -172,8 +173,8 @@ def latest_checkpoint(run: Path, step: int | None = None) -> Path:
         why = verify_folder(path)
         if why is None:
             return path
-        print(f"warning: checkpoint {path} is not whole: {why}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run}: no usable checkpoint")
+        print(f"warning: checkpoint {path} is not whole: {why}; it is passed over", file=sys.stderr)
+    raise UserError(f"{run}: no usable checkpoint" + (f" of {len(found)}" if found else ""))
 
 
 def load_model(

@@ -14,6 +14,7 @@ from kernels.cross_entropy import linear_cross_entropy, token_nll
 from models.block import Block
 from models.config import ModelConfig
 from models.errors import UserError
+from models.state import nbytes
 from models.types import (
     Aux,
     Batch,
@@ -104,7 +105,9 @@ class LM(nn.Module):
             for loss, weight in part.loss_weights().items():
                 name = f"{part.cfg.kind}.{loss}"
                 if weights.setdefault(name, weight) != weight:
-                    raise UserError(f"layer {layer}: weight of loss '{name}' is {weight}, but {weights[name]} in another layer")
+                    raise UserError(
+                        f"layer {layer}: weight of loss '{name}' is {weight}, but {weights[name]} in another layer"
+                    )
         return weights
 
     # -- forward
@@ -167,8 +170,10 @@ class LM(nn.Module):
         B, T = tokens.shape
         if state is not None and batch.cu_seqlens is not None:
             raise ValueError("cu_seqlens and a state exclude each other")
-        if self.cfg.learned_positions and T > self.cfg.max_seq_len:
-            raise UserError(f"context of {T} tokens is longer than the {self.cfg.max_seq_len} learned positions of this model")
+        if self.cfg.learned_positions and self.cfg.max_seq_len < T:
+            raise UserError(
+                f"context of {T} tokens is longer than the {self.cfg.max_seq_len} learned positions of this model"
+            )
         seen = tokens.new_zeros(B) if state is None else state.seen
         positions = batch.positions
         if positions is None or state is not None:
@@ -277,6 +282,8 @@ class LM(nn.Module):
                 for table in part.tables().values():
                     table.reset(generator)
         reset_norm(self.norm)
+        for module in self.addressing.values():
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
         with torch.no_grad():
             self.progress.zero_()
 
@@ -316,13 +323,17 @@ class LM(nn.Module):
         rows.append(("norm", c.norm, Cost(final, final)))
         head = 0 if self.head is None else self.head.weight.numel()
         rows.append(("head", "tied" if c.tied else "linear", Cost(head, head, 2 * c.d_model * c.vocab_size)))
+        lookback = [module.init_state(1, "meta") for module in self.addressing.values()]  # pyright: ignore[reportCallIssue]
+        rows.append(("state", "positions", Cost(state_bytes=torch.int64.itemsize + nbytes(lookback))))
         return rows
 
     def cost(self, seq_len: int, dtype: torch.dtype = torch.float32) -> Cost:
         return sum((cost for _, _, cost in self.costs(seq_len, dtype)), Cost())
 
 
-def build(cfg: ModelConfig, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LM:
+def build(
+    cfg: ModelConfig, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LM:
     """A model with initialised weights; the same seed gives the same weights on every device."""
     model = meta_model(cfg).to(dtype).to_empty(device=device)
     model.reset_parameters(torch.Generator().manual_seed(seed))

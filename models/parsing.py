@@ -87,7 +87,7 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         try:  # 1e6, written for readability
             if float(value) == int(float(value)):
                 return int(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     if hint is float and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a string

@@ -34,7 +34,7 @@ class Branches(nn.Module):
         flat = F.rms_norm(x.flatten(-2), (self.width,), eps=self.eps)
         raw = F.linear(flat, self.map.weight)
         wide = torch.float64 if raw.dtype == torch.float64 else torch.float32
-        a = self.gates.to(wide).repeat_interleave(torch.tensor([M, M, M * M], device=x.device), output_size=M * (M + 2))
+        a = torch.cat([g.expand(n) for g, n in zip(self.gates.to(wide).unbind(), (M, M, M * M), strict=True)])
         pre, post, mix = (raw.to(wide) * a + self.map.bias.to(wide)).split((M, M, M * M), dim=-1)
         mix = sinkhorn(mix.unflatten(-1, (M, M)))
         read = torch.einsum("btm,btmd->btd", pre.sigmoid().to(x.dtype), x)

@@ -16,6 +16,9 @@ class Addressing(nn.Module):
     Its lookback (the last tokens of each sequence) is an entry of the model's state.
     """
 
+    def reset_parameters(self) -> None:
+        """Fill the buffers (hash multipliers, token maps), which hold garbage after ``to_empty``."""
+
     def init_state(self, batch: int, device: torch.device | str) -> State:
         return ()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -45,34 +45,62 @@ def nbytes(state: State) -> int:
     return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(state) if isinstance(t, Tensor))
 
 
-def _named_tensors(state: State) -> dict[str, Tensor]:
+def _named_leaves(state: State) -> dict[str, Any]:
     leaves, _ = pytree.tree_flatten_with_path(state)
-    return {pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    return {pytree.keystr(path): leaf for path, leaf in leaves}
 
 
 def save(state: State, path: str | Path, **about: Any) -> None:
-    """Write the tensors as safetensors; ``about`` (plain JSON) travels in the header."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _named_tensors(state).items()}
-    save_file(tensors, str(path), metadata={"about": json.dumps(about)})
+    """Write a state as safetensors; ``about`` (plain JSON) travels in the header.
+
+    A host object gives its content as ``tensors() -> {name: tensor}``; one that cannot is refused, not left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, leaf in _named_leaves(state).items():
+        if isinstance(leaf, Tensor):
+            tensors[key] = leaf
+        elif hasattr(leaf, "tensors"):
+            tensors |= {f"{key}/{name}": t for name, t in leaf.tensors().items()}
+        elif leaf is not None:
+            raise UserError(f"a state with a {type(leaf).__name__} cannot be saved")
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(plain, str(path), metadata={"about": json.dumps(about)})
 
 
 def load(path: str | Path, like: State, device: torch.device | str = "cpu") -> State:
     """Read a state of the same structure as ``like`` (made by ``init_state``; its batch and length may differ).
 
-    Raises UserError when the file belongs to another model.
+    A host object in ``like`` takes its content by ``with_tensors({name: tensor})``, which returns a new object.
+    Raises UserError when the file cannot be read or belongs to another model.
     """
-    with safe_open(str(path), framework="pt", device=str(device)) as file:
+    with _opened(path, device) as file:
         stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (a safetensors file is not a dict)
-    names = _named_tensors(like)
-    if set(stored) != set(names):
-        odd = sorted(set(stored) ^ set(names))[0]
-        raise UserError(f"{path}: not a state of this model (entry {odd} does not match)")
-    values = iter([stored[name] for name in names])
-    leaves, spec = pytree.tree_flatten(like)
-    return pytree.tree_unflatten([next(values) if isinstance(x, Tensor) else x for x in leaves], spec)
+    _, spec = pytree.tree_flatten(like)
+    values = []
+    for key, leaf in _named_leaves(like).items():
+        if isinstance(leaf, Tensor):
+            found = stored.pop(key, None)
+            if found is None or found.ndim != leaf.ndim:
+                raise UserError(f"{path}: not a state of this model (entry {key} does not match)")
+            values.append(found)
+        elif hasattr(leaf, "with_tensors"):
+            own = [name for name in stored if name.startswith(f"{key}/")]
+            values.append(leaf.with_tensors({name.removeprefix(f"{key}/"): stored.pop(name) for name in own}))
+        else:
+            values.append(leaf)
+    if stored:
+        raise UserError(f"{path}: not a state of this model (entry {min(stored)} does not match)")
+    return pytree.tree_unflatten(values, spec)
 
 
 def about(path: str | Path) -> dict[str, Any]:
-    """What was said about a saved state."""
-    with safe_open(str(path), framework="pt") as file:
+    """What was said about a saved state. Raises UserError when the file cannot be read."""
+    with _opened(path) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
+
+
+def _opened(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    try:
+        return safe_open(str(path), framework="pt", device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the state in '{path}': {error}") from error

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.rms_norm import rms_norm
 from models.errors import UserError
 
 State = Any  # a pytree of tensors, batch first; `()` for a part that remembers nothing
@@ -26,11 +27,14 @@ class Batch(NamedTuple):
     targets: Tensor | None = None  # [B, T], the token to predict at each position
     loss_mask: Tensor | None = None  # [B, T], which targets count
     positions: Tensor | None = None  # [B, T], restarting at each document
-    cu_seqlens: Tensor | None = None  # int32 [S+1] over the flattened B*T, row ends included, padded with empty segments
+    cu_seqlens: Tensor | None = (
+        None  # int32 [S+1] over the flattened B*T, row ends included, padded with empty segments
+    )
     valid: Tensor | None = None  # [B, T], False for padding
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        moved: list[Any] = [None if t is None else t.to(device, non_blocking=True) for t in self]
+        return Batch(*moved)
 
 
 class Ctx(NamedTuple):
@@ -65,7 +69,7 @@ class Write(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a part says besides its output: returned, never stored."""
+    """What a part says besides its output: returned, never stored. The default dicts are shared: pass new ones, never write them."""
 
     losses: dict[str, Tensor] = {}  # raw scalars; weights are applied once, in `LM.total`
     stats: dict[str, Stat] = {}
@@ -73,10 +77,11 @@ class Aux(NamedTuple):
 
     def prefixed(self, prefix: str) -> Aux:
         """The same, as a containing part hands on what the contained part said."""
-        return Aux(*({f"{prefix}.{k}": v for k, v in d.items()} for d in self))
+        losses, stats, writes = ({f"{prefix}.{k}": v for k, v in said.items()} for said in self)
+        return Aux(losses, stats, writes)  # pyright: ignore[reportArgumentType]
 
     def merged(self, other: Aux) -> Aux:
-        return Aux(*({**a, **b} for a, b in zip(self, other, strict=True)))
+        return Aux(self.losses | other.losses, self.stats | other.stats, self.writes | other.writes)
 
 
 class RowReset(NamedTuple):
@@ -118,7 +123,12 @@ class Cost(NamedTuple):
 
     def __add__(self, other: object) -> Cost:
         assert isinstance(other, Cost)
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+        return Cost(
+            self.params + other.params,
+            self.active_params + other.active_params,
+            self.flops_per_token + other.flops_per_token,
+            self.state_bytes + other.state_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ class Part(nn.Module):
     """
 
     Config: ClassVar[type]
-    sees_branches: ClassVar[bool] = False  # True: a memory that gets all residual branches [B, T, M, D] and returns as many
+    sees_branches: ClassVar[bool] = False  # True: a memory that gets and returns all residual branches [B, T, M, D]
 
     def __init__(self, cfg: Any, site: Site) -> None:
         super().__init__()
@@ -212,6 +222,11 @@ def default_meta(p: Tensor) -> ParamMeta:
     return ParamMeta(role="vector" if p.ndim else "scalar", decay=False, optimizer="adamw")
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps or 0.0)
+
+
 def make_norm(site: Site) -> nn.Module:
     """The site's pre-norm over D, weights left uninitialised until `reset_norm`."""
     return build_norm(site.norm, site.d_model, site.norm_eps, site.norm_bias)
@@ -219,7 +234,7 @@ def make_norm(site: Site) -> nn.Module:
 
 def build_norm(kind: str, width: int, eps: float, bias: bool = False) -> nn.Module:
     if kind == "rmsnorm":
-        return nn.RMSNorm(width, eps=eps)
+        return RMSNorm(width, eps=eps)
     if kind == "layernorm":
         return nn.LayerNorm(width, eps=eps, bias=bias)
     if kind == "none":

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, a seed of its own, memory that is NaN until it is written, foreign parts allowed."""
+"""What tests get: one thread, a seed of their own, foreign parts; on request, poisoned memory and the contract cases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import zlib
 import pytest
 import torch
 
-from models import zoo
-from tests.tools import poisoned_memory
+from models import LM, zoo
+from tests.cases import ALL
+from tests.tools import Case, poisoned_memory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,3 +42,13 @@ def foreign_parts(monkeypatch: pytest.MonkeyPatch):
 def poison():
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(params=ALL, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def model(case: Case) -> LM:
+    return case.build().eval()

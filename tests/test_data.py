@@ -209,6 +209,19 @@ def test_order_depends_on_seed_epoch_and_source_only(lengths, order):
             assert sorted(rows(*other)) == sorted(base)
 
 
+def test_documents_and_rows_are_both_shuffled_anew_in_every_epoch(small_windows):
+    order = DocumentRows(np.full(70, 7), 8, 0, 0, 8)  # every document fills a row
+    epochs = [[order.plan(e, w).doc.tolist() for w in range(order.windows)] for e in range(2)]
+    assert [sorted(doc for w in windows for doc in w) for windows in epochs] == [list(range(70))] * 2
+    assert [set(w) for w in epochs[0]] != [set(w) for w in epochs[1]]
+    one_document = DocumentRows(np.array([8 * 50 - 1]), 8, 0, 0, 8)  # all shuffling is that of its rows
+    rows = [one_document.plan(e, 0).start.tolist() for e in range(2)]
+    assert sorted(rows[0]) == sorted(rows[1]) == list(range(0, 400, 8))
+    assert len({tuple(r) for r in (*rows, sorted(rows[0]))}) == 3
+    stream_rows = StreamRows(np.array([8 * 5 - 1]), 8, 0, 0)
+    assert len({tuple(stream_rows.plan(e, 0).start.tolist()) for e in range(4)}) > 1
+
+
 def two_sources(tmp_path, lengths):
     docs = make_docs([*lengths, 12, 30, 3])
     a = make_shards(tmp_path / "a", docs[: len(lengths)])
@@ -316,7 +329,12 @@ def test_slow_consumer_does_not_run_the_producer_away(tmp_path, lengths):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 9}, "seed"), ({"seq_len": 9}, "seq_len"), ({"packing": "stream"}, "packing"), ({"version": 7}, "version")],
+    [
+        ({"seed": 9}, "seed"),
+        ({"seq_len": 9}, "seq_len"),
+        ({"packing": "stream"}, "packing"),
+        ({"version": 7}, "version"),
+    ],
 )
 def test_state_of_another_sequence_is_refused(tmp_path, lengths, change, named):
     loader = Loader(two_sources(tmp_path, lengths), Ends(), 8, 4, prefetch=0)

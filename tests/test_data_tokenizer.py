@@ -151,8 +151,10 @@ def test_no_document_end_is_an_error_that_says_what_to_do(tmp_path):
 def test_byte_fallback_tokenizer(tmp_path):
     tok = load_tokenizer(foreign(tmp_path, byte_fallback=True))
     text = "a a漢 a a a a a"  # longer than the file's own truncation
-    ids = tok.encode(text)
+    ids, short = tok.encode_batch([text, "a"])
     assert tok.decode(ids) == text
+    assert tok.decode(short) == "a"
+    assert len(short) == 1
     assert tok.token_bytes()[ids].sum() == len(text.encode())
     assert tok.vocab_size == 261
     assert tok.encode("<s>") and tok.bos_id not in tok.encode("<s>")  # noqa: PT018

@@ -75,6 +75,25 @@ def state_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def gradients(model: LM) -> dict[str, Tensor]:
+    """Of every parameter, and of every row store as a dense table; the gradients are then forgotten."""
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for name, table in model.tables().items():
+        taken = table.take_grad()
+        if taken is not None:
+            rows, grad = taken
+            found[name] = torch.zeros(table.rows, table.width).index_copy(0, rows, grad)
+        table.clear_grad()
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(out: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
+    assert out.keys() == ref.keys()
+    for name, grad in ref.items():
+        assert_close(out[name], grad, "gradient", grad.dtype, name)  # row stores collect theirs in fp32
+
+
 # -- poison
 
 
@@ -113,9 +132,9 @@ def poison(module: nn.Module) -> None:
 class Case:
     """One configuration that signs the contracts.
 
-    ``part`` stands alone in both layers of a model (``slot`` set), or ``model`` is the whole config. ``nonlinear`` names
-    the losses that are not linear in the batch. ``other_flops`` are those per token, over all layers, that the cost
-    counts beside matrix products; ``flops_rtol`` is for parts whose products depend on the length of a chunk.
+    ``part`` stands alone in both layers of a model (``slot`` set), or ``model`` is the whole config. ``nonlinear``: the
+    ends of the names of losses that are not linear in the batch. ``other_flops`` are those per token, over all layers,
+    that the cost counts beside matrix products; ``flops_rtol`` is for parts whose products depend on a chunk's length.
     """
 
     name: str
@@ -163,7 +182,7 @@ def random_batch(B: int, T: int, vocab: int = 23, seed: int = 0, targets: bool =
 
 
 def segments(lengths: list[list[int]], T: int, pad_to: int) -> Tensor:
-    """Document lengths of each row -> cu_seqlens, row ends included, padded with empty segments to ``pad_to`` entries."""
+    """Document lengths of each row -> cu_seqlens: row ends included, filled up with empty segments to ``pad_to``."""
     ends = [0]
     for i, row in enumerate(lengths):
         for n in row:
@@ -173,7 +192,9 @@ def segments(lengths: list[list[int]], T: int, pad_to: int) -> Tensor:
     return torch.tensor(ends + [len(lengths) * T] * (pad_to - len(ends)), dtype=torch.int32)
 
 
-def in_pieces(model: LM, tokens: Tensor, sizes: list[int], max_len: int, **fields: Any) -> tuple[Tensor, Any, list[Aux]]:
+def in_pieces(
+    model: LM, tokens: Tensor, sizes: list[int], max_len: int, **fields: Any
+) -> tuple[Tensor, Any, list[Aux]]:
     """Feed tokens [B, T] piece by piece with a state -> (features [B, T, D], final state, what was said)."""
     state = model.init_state(tokens.shape[0], max_len)
     outs, said, start = [], [], 0

@@ -1,4 +1,4 @@
-"""Small parts that use everything a part may use: state, losses, stats, writes and resets, nesting, addressing, row stores.
+"""Small parts that use what a part may use: state, losses, stats, writes, resets, nesting (tables: `toy_memory`).
 
 They are named by ``kind: "tests.toys:ToyEMA"`` and sign the same contracts as the zoo.
 """
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import zoo
-from models.rows import Addressing, RowStore
 from models.types import (
     Aux,
     CommitInfo,
@@ -40,6 +39,29 @@ def starts(ctx: Ctx) -> Tensor:
         return torch.zeros_like(ctx.tokens, dtype=torch.bool)
     segment = ctx.shared["segments"]
     return F.pad(segment[:, 1:] != segment[:, :-1], (1, 0), value=True)
+
+
+def _valid_index(ctx: Ctx) -> Tensor:
+    """[B, T], 1 + the index of each valid token, 0 for invalid ones."""
+    index = torch.arange(1, ctx.tokens.shape[1] + 1, device=ctx.tokens.device).expand_as(ctx.tokens)
+    return index if ctx.valid is None else torch.where(ctx.valid, index, 0)
+
+
+def previous(values: Tensor, old: Tensor | None, ctx: Ctx) -> Tensor:
+    """values [B, T, D] -> the value of the last valid token before each one: ``old [B, D]`` where that lies before this
+    call, zero at the first token of a document."""
+    index = _valid_index(ctx)
+    before = F.pad(index[:, :-1], (1, 0)).cummax(dim=1).values
+    first = torch.where(starts(ctx), torch.arange(index.shape[1], device=index.device), 0).cummax(dim=1).values
+    old = torch.zeros_like(values[:, 0]) if old is None else old.to(values.dtype)
+    found = torch.cat((old[:, None], values), dim=1).gather(1, before[..., None].expand_as(values))
+    return torch.where((before > first)[..., None] | (first == 0)[..., None], found, 0)
+
+
+def newest(values: Tensor, old: Tensor, ctx: Ctx) -> Tensor:
+    """values [B, T, D] -> that of the last valid token, or ``old [B, D]``: [B, D] in the dtype of ``old``."""
+    last = _valid_index(ctx).amax(dim=1)[:, None, None].expand(-1, 1, values.shape[-1])
+    return torch.cat((old[:, None], values.to(old.dtype)), dim=1).gather(1, last)[:, 0]
 
 
 def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -141,8 +163,8 @@ class ToySlotsConfig:
 
 
 class ToySlots(Part):
-    """y = scale * softmax(norm(x) C^T) C. The slots C learn by gradient and are pulled towards the tokens that use them;
-    rarely used ones are replaced by tokens from a reservoir."""
+    """y = scale * softmax(norm(x) C^T) C. The slots C learn by gradient and are pulled towards the tokens that use
+    them; rarely used ones are replaced by tokens from a reservoir."""
 
     Config = ToySlotsConfig
     usage: Tensor
@@ -256,15 +278,10 @@ class ToyNest(Part):
         self, x: Tensor, ctx: Ctx, state: NestState | None = None, donate: bool = False
     ) -> tuple[Tensor, NestState | None, Aux]:
         h = self.norm(x)
-        previous, has = last_valid_before(ctx, ctx.tokens.shape[1])
-        old = torch.zeros_like(h[:, :1]) if state is None else state.last[:, None].to(h.dtype)
-        shifted = torch.cat((old, h), dim=1).gather(1, (previous + 1)[..., None].expand_as(h))
-        shifted = torch.where((has | (previous < 0) & ~starts(ctx))[..., None], shifted, 0.0)
+        shifted = previous(h, None if state is None else state.last, ctx)
         y, inner, aux = self.inner(h + self.mix * shifted, ctx, None if state is None else state.inner, donate)
         if state is not None:
-            newest = newest_valid(ctx)[:, None, None].expand(-1, 1, h.shape[-1])
-            last = torch.cat((state.last[:, None], h.to(state.last.dtype)), dim=1).gather(1, newest + 1)
-            state = NestState(last[:, 0], inner)
+            state = NestState(newest(h, state.last, ctx), inner)
         return self.scale * y, state, aux.prefixed("inner")
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype, max_len: int) -> NestState:
@@ -296,18 +313,3 @@ class ToyNest(Part):
             return lambda ctx, state: fn(ctx, None if state is None else state.inner)
 
         return {key: unwrapped(fn) for key, fn in self.inner.shared().items()}
-
-
-def last_valid_before(ctx: Ctx, T: int) -> tuple[Tensor, Tensor]:
-    """-> (index of the last valid token before each one within its document [B, T], -1 for none in this call; is there one)."""
-    index = torch.arange(T, device=ctx.tokens.device).expand_as(ctx.tokens)
-    here = index if ctx.valid is None else torch.where(ctx.valid, index, -1)
-    previous = F.pad(here[:, :-1], (1, 0), value=-1).cummax(dim=1).values
-    first = torch.where(starts(ctx), index, 0).cummax(dim=1).values
-    return previous, (previous >= first)
-
-
-def newest_valid(ctx: Ctx) -> Tensor:
-    """[B], the index of the last valid token, -1 for none."""
-    index = torch.arange(ctx.tokens.shape[1], device=ctx.tokens.device).expand_as(ctx.tokens)
-    return (index if ctx.valid is None else torch.where(ctx.valid, index, -1)).amax(dim=1)

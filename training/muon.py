@@ -7,7 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at zero, singular values end in about [0.7, 1.2]
+# Of the quintic iteration: steep at zero, so that singular values end in about [0.7, 1.2] after few steps.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
@@ -37,18 +38,28 @@ class Muon:
         self.state: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def step(self, params: dict[str, Tensor], splits: dict[str, tuple[int, ...]], lr: dict[str, float], decay: dict[str, float]) -> None:
+    def step(
+        self,
+        params: dict[str, Tensor],
+        splits: dict[str, tuple[int, ...]],
+        lr: dict[str, float],
+        decay: dict[str, float],
+    ) -> None:
+        """One update of every parameter that has a gradient; all arguments by parameter name."""
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
         for name, p in params.items():
             if p.grad is None:
                 continue
-            m = self.state.setdefault(name, torch.zeros_like(p))
+            m = self.state.get(name)
+            if m is None:
+                m = self.state[name] = torch.zeros_like(p)
             m.lerp_(p.grad, 1 - self.momentum)
             update = p.grad.lerp(m, self.momentum)  # Nesterov
             if decay[name]:
                 p.mul_(1 - lr[name] * decay[name])
-            for part, u in zip(_matrices(p, splits.get(name, ())), _matrices(update, splits.get(name, ())), strict=True):
-                by_shape[tuple(part.shape[-2:])].append((part, u, lr[name]))
+            cut = splits.get(name, ())
+            for part, u in zip(_matrices(p, cut), _matrices(update, cut), strict=True):
+                by_shape[part.shape[-2], part.shape[-1]].append((part, u, lr[name]))
         for (rows, cols), items in by_shape.items():
             batch = orthogonalize(torch.cat([u for _, u, _ in items]))
             scale = 0.2 * max(rows, cols) ** 0.5

@@ -12,6 +12,7 @@ from torch import Tensor
 from models.errors import UserError, nearest
 from models.lm import LM
 from models.parsing import choice
+from models.rows import RowStore
 from models.types import ParamMeta, RowReset
 from training import schedule
 from training.muon import Muon
@@ -33,8 +34,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         choice("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
-        if len(self.betas) != 2:
-            raise UserError(f"optim.betas: expected two numbers, got {list(self.betas)}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"optim.betas: expected two numbers in [0, 1), got {list(self.betas)}")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("muon_momentum", "decay", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optim.{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def rate(self, step: int, total: int) -> float:
         """The base learning rate of a step."""
@@ -43,7 +53,7 @@ class OptimConfig:
 
 
 class Optimizer:
-    """Built from the model's `meta`. State is kept by parameter name, so that it survives a model that gains or loses parts."""
+    """Built from the model's `meta`. State is kept by parameter name, so that it survives a model that gains parts."""
 
     def __init__(self, model: LM, cfg: OptimConfig) -> None:
         self.cfg = cfg
@@ -51,6 +61,7 @@ class Optimizer:
         self.meta = model.meta()
         self.tables = model.tables()
         self.table_steps = 0
+        self.frozen: set[str] = set()  # tables that do not learn, as parameters without requires_grad do not
         self.muon_names = [n for n in self.params if cfg.muon and _takes_muon(self.meta[n], self.params[n])]
         self.muon = Muon(cfg.muon_momentum)
         groups: dict[tuple[float, bool], list[str]] = {}
@@ -85,10 +96,13 @@ class Optimizer:
         for table in self.tables.values():
             table.clear_grad()
 
+    def learning_tables(self) -> dict[str, RowStore]:
+        return {name: table for name, table in self.tables.items() if name not in self.frozen}
+
     def grads(self) -> list[Tensor]:
         """Every gradient there is, row gradients of tables included (summed over repeated rows)."""
         found = [p.grad for p in self.params.values() if p.grad is not None]
-        return found + [g[1] for table in self.tables.values() if (g := table.take_grad()) is not None]
+        return found + [g[1] for table in self.learning_tables().values() if (g := table.take_grad()) is not None]
 
     def grad_norm(self) -> Tensor:
         """The global L2 norm over everything that learns: a 0-d tensor, not synchronised with the host."""
@@ -98,7 +112,9 @@ class Optimizer:
         """Scale all gradients so that their norm is at most ``cfg.clip``."""
         if self.cfg.clip:
             scale = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(self.grads(), scale)
+            grads = self.grads()
+            for device in {g.device for g in grads}:  # tables may live on the host
+                torch._foreach_mul_([g for g in grads if g.device == device], scale.to(device))
 
     def step(self) -> None:
         self.adamw.step()
@@ -111,7 +127,7 @@ class Optimizer:
                 {n: self.cfg.weight_decay * self.meta[n].decay for n in names},
             )
         self.table_steps += 1
-        for table in self.tables.values():
+        for table in self.learning_tables().values():
             grad = table.take_grad()
             if grad is not None:
                 lr = self.base_lr * table.meta.lr_mult
@@ -143,24 +159,32 @@ class Optimizer:
         return {"table_steps": self.table_steps}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], strict: bool = True) -> None:
-        """``strict=False``: parameters without stored moments start without (a model that gained parts)."""
+        """Replace all state. ``strict=False`` passes over moments of parameters that are gone or changed optimizer.
+
+        Parameters without stored moments start without. Raises UserError for state that has no place.
+        """
+        self.adamw.state.clear()
+        self.muon.state.clear()
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, moment = key.rpartition("/")
             by_name.setdefault(name, {})[moment] = tensor
         unknown = sorted(by_name.keys() - self.params.keys())
         if strict and unknown:
-            raise UserError(f"optimizer state of '{unknown[0]}' belongs to no parameter{nearest(unknown[0], self.params)}")
-        for name, moments in by_name.items():
-            p = self.params.get(name)
-            if p is None:
-                continue
-            placed = {k: t.to(p.device) if t.ndim else t for k, t in moments.items()}
-            if name in self.muon_names:
-                self.muon.state[name] = placed["momentum"]
-            else:
-                on_device = self.adamw.defaults["fused"]
-                self.adamw.state[p] = {k: t.to(p.device) if on_device else t for k, t in placed.items()}
+            raise UserError(
+                f"optimizer state of '{unknown[0]}' belongs to no parameter{nearest(unknown[0], self.params)}"
+            )
+        for name in sorted(by_name.keys() - set(unknown)):
+            p, moments = self.params[name], by_name[name]
+            takes_muon = name in self.muon_names
+            if takes_muon != ("momentum" in moments):
+                if strict:
+                    raise UserError(f"optimizer state of '{name}' was made by the other of AdamW and Muon (optim.muon)")
+            elif takes_muon:
+                self.muon.state[name] = moments["momentum"].to(p.device)
+            else:  # the step count is a 0-d tensor that only the fused form keeps on the device
+                fused = self.adamw.defaults["fused"]
+                self.adamw.state[p] = {k: t.to(p.device) if t.ndim or fused else t for k, t in moments.items()}
         self.table_steps = scalars.get("table_steps", 0)
 
 

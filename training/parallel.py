@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from models.types import Stat, Write
 from training.optim import Optimizer
 
 BUCKET_BYTES = 64 << 20  # gradients reduced in one call
+PATIENCE = timedelta(hours=6)  # of ranks that wait while rank 0 prepares the data
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,34 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the process group that ``torchrun`` describes, if any; leave it at the end."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
-        raise UserError(f"unknown device '{device}'; valid: auto, cpu, cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but there is none; use train.device=cpu")
-    kind = "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    where = torch.device(device if ":" in device else kind)
-    if kind == "cuda" and size > 1:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    where = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    kind = where.type
     if kind == "cuda":
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")
     if size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(rank, size, where)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    """The device of a name; with several ranks each takes the GPU of its number. Raises UserError if there is none."""
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UserError(f"unknown train.device '{name}'; valid: auto, cpu, cuda, cuda:N")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or (kind == "auto" and not gpus):
+        return torch.device("cpu")
+    number = local_rank if local_rank is not None else int(index or 0)
+    if number >= gpus:
+        raise UserError(
+            f"train.device={name}: there are {gpus} GPUs, so no number {number}; the CPU is train.device=cpu"
+        )
+    return torch.device("cuda", number)
 
 
 def autocast_dtype(precision: str, device: torch.device, params: int) -> torch.dtype | None:
@@ -81,6 +94,24 @@ def broadcast_object(value: Any, w: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(make: Callable[[], T], w: World) -> T:
+    """What rank 0 makes, on every rank. A user's error there is raised on every rank, so that none waits in vain."""
+    if w.size == 1:
+        return make()
+    value, failure = None, None
+    if w.is_main:
+        try:
+            value = make()
+        except ValueError as error:
+            if not getattr(error, "one_line", False):
+                raise
+            failure = str(error)
+    value, failure = broadcast_object((value, failure), w)
+    if failure is not None:
+        raise UserError(failure)
+    return value
 
 
 def gather_objects(value: Any, w: World) -> list[Any]:
@@ -114,7 +145,7 @@ def sync_gradients(optim: Optimizer, w: World) -> None:
             bucket = []
     if bucket:
         _mean(bucket, w)
-    for table in optim.tables.values():
+    for table in optim.learning_tables().values():
         if table.meta.shard == "replicate":
             _sync_rows(table, w)
 
@@ -130,6 +161,8 @@ def _sync_rows(table: Any, w: World) -> None:
     own = table.take_grad()
     empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, table.width))
     parts = gather_objects(tuple(t.cpu() for t in (own or empty)), w)
+    if not sum(len(r) for r, _ in parts):
+        return
     rows, grad = sum_rows(torch.cat([r for r, _ in parts]), torch.cat([g for _, g in parts]))
     device = own[0].device if own else w.device
     table.set_grad(rows.to(device), grad.to(device) / w.size)
@@ -179,7 +212,8 @@ def _combine(writes: list[Write]) -> Write:
 
 def merge_stats(total: Mapping[str, list[Stat]], new: Mapping[str, Stat]) -> dict[str, list[Stat]]:
     """Add one micro-batch's stats to the list of each name."""
-    return {name: [*total.get(name, ()), Stat(stat.value.detach(), stat.reduce)] for name, stat in new.items()}
+    added = {name: [*total.get(name, ()), Stat(stat.value.detach(), stat.reduce)] for name, stat in new.items()}
+    return {**total, **added}
 
 
 def reduce_stats(stats: Mapping[str, list[Stat]], w: World) -> dict[str, float | list[float]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import itertools
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -19,50 +22,98 @@ import torch
 import yaml
 
 from kernels import dispatch
+from models.errors import UserError
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is only printed for these.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {
+    **dict.fromkeys(("H100", "H200", "H800"), 989e12),
+    **dict.fromkeys(("A100", "A800"), 312e12),
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "transformers", "datasets", "lm-eval", "einops", "safetensors")
 
 
 def new_run_folder(out_dir: str, name: str) -> Path:
     """``out_dir/name``, or with a number behind it when that is taken: a fresh start never touches an older run."""
     base = Path(out_dir) / (name or "run")
-    for i in range(1, 10000):
+    for i in itertools.count(1):
         path = base if i == 1 else base.with_name(f"{base.name}-{i}")
         try:
             path.mkdir(parents=True)
             return path
         except FileExistsError:
             continue
-    raise FileExistsError(str(base))
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from error
+    raise AssertionError
 
 
 def write_description(run: Path, config: dict[str, Any], summary: str, corpus: dict[str, Any]) -> None:
-    """config.yaml, summary.txt, data.json and environment.json: written once, when a run starts."""
-    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    (run / "summary.txt").write_text(summary + "\n")
-    (run / "data.json").write_text(json.dumps(corpus, indent=1))
+    """config.yaml, summary.txt, data.json and environment.json: what a run is, written when it starts."""
+    _replace(run / "summary.txt", summary + "\n")
+    _replace(run / "data.json", json.dumps(corpus, indent=1))
+    write_config(run, config)
     write_environment(run)
 
 
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """The resolved config; again when a resumed run changes what it may."""
+    _replace(run / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
 def write_environment(run: Path) -> None:
-    """Versions, commit, uncommitted changes, machine, and which kernels ran and why."""
-    packages = ("torch", "triton", "numpy", "tokenizers", "transformers", "datasets", "lm-eval", "einops", "safetensors")
-    commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
-    found = {
+    """Versions, commit, uncommitted changes and machine of this process; those of earlier processes stay as a list."""
+    path = run / "environment.json"
+    before = _read(path)
+    earlier = [*before.pop("earlier", []), before] if before else []
+    _replace(path, json.dumps(environment() | {"kernels": _kernels(), "earlier": earlier}, indent=1))
+    diff = _git("diff", "HEAD")
+    if diff:
+        _replace(run / f"source{len(earlier) + 1 if earlier else ''}.diff", diff + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, commit and machine of this process."""
+    return {
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in packages},
-        "commit": commit,
-        "uncommitted_changes": bool(diff),
-        "kernels": {"setting": dispatch.setting(), "ran": dispatch.report()},
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
     }
-    (run / "environment.json").write_text(json.dumps(found, indent=1))
-    if diff:
-        (run / "source.diff").write_text(diff)
+
+
+def write_kernels(run: Path) -> None:
+    """Which kernels ran and why, once that is known."""
+    path = run / "environment.json"
+    _replace(path, json.dumps({**_read(path), "kernels": _kernels()}, indent=1))
+
+
+def _kernels() -> dict[str, Any]:
+    return {"setting": dispatch.setting(), "ran": dispatch.report()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises UserError when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _git(*args: str) -> str | None:
@@ -99,62 +150,74 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+def check_loggers(log: Any) -> None:
+    """Raise UserError when a logger that was asked for is not installed."""
+    for wanted, package in ((log.wandb != "off", "wandb"), (log.tensorboard, "tensorboard")):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"log.{package} was asked for, but the package {package} is not installed")
+
+
 class RunLog:
     """``metrics.jsonl`` always, wandb and TensorBoard when asked, and a progress line. Only rank 0 makes one."""
 
-    def __init__(self, run: Path, total: int, start: int, tokens_per_step: int, log: Any, config: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, total: int, start: int, tokens_per_step: int, log: Any, config: dict[str, Any]
+    ) -> None:
         self.run, self.total, self.start, self.tokens_per_step = run, total, start, tokens_per_step
         self.path = run / "metrics.jsonl"
         self._forget_after(start)
         self.file = self.path.open("a")
         self.began = self.last_line = time.monotonic()
+        self.shown: dict[str, str] = {}
         self.bar = self._bar() if sys.stderr.isatty() else None
         self.wandb = self._start_wandb(log, config) if log.wandb != "off" else None
         self.board = self._start_board() if log.tensorboard else None
 
     def _forget_after(self, step: int) -> None:
         """A killed run may have logged steps that its last checkpoint does not hold; they will be logged again."""
-        if not self.path.exists():
-            return
-        lines = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except (ValueError, KeyError):
-                continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, self.path)
+        if self.path.exists():
+            lines = [x for x in self.path.read_text().splitlines() if _step_of(x) <= step]
+            _replace(self.path, "".join(line + "\n" for line in lines))
+        samples = self.run / "samples.txt"
+        if samples.exists():
+            parts = re.split(r"^(?==== step \d+$)", samples.read_text(), flags=re.MULTILINE)
+            headed = ((re.match(r"=== step (\d+)\n", p), p) for p in parts)
+            _replace(samples, "".join(p for head, p in headed if head and int(head[1]) <= step))
 
     def _bar(self) -> Any:
         from tqdm import tqdm
 
-        return tqdm(total=self.total, initial=self.start, unit="step", dynamic_ncols=True, file=sys.stderr, smoothing=0.05)
+        return tqdm(total=self.total, initial=self.start, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def _start_wandb(self, log: Any, config: dict[str, Any]) -> Any:
         import wandb
 
-        return wandb.init(
-            project=log.wandb_project,
-            name=self.run.name,
-            id=self.run.name.replace("/", "-"),
-            resume="allow",
-            mode=log.wandb,
-            dir=str(self.run),
-            config=config,
-        )
+        try:
+            return wandb.init(
+                project=log.wandb_project,
+                name=self.run.name,
+                id=self.run.name,
+                resume="allow",
+                mode=log.wandb,
+                dir=str(self.run),
+                config=config,
+            )
+        except wandb.Error as error:
+            raise UserError(f"wandb: {error}; log.wandb=offline needs no account") from error
 
     def _start_board(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.run / "tensorboard"))
+        return SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, flushed, and the same numbers to the other loggers."""
         line = {"step": step, "tokens": step * self.tokens_per_step, **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         flat = dict(_flat(line))
         if self.wandb is not None:
             self.wandb.log(flat, step=step)
@@ -163,10 +226,10 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Show where the run is: a bar on a terminal, else a line every few seconds."""
-        shown = {k: _short(v) for k, v in values.items() if v is not None}
+        """Show where the run is, with the newest of each value: a bar on a terminal, else a line every few seconds."""
+        self.shown |= {k: _short(v) for k, v in values.items() if v is not None}
         if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix(self.shown, refresh=False)
             self.bar.update(step - self.bar.n)
             return
         now = time.monotonic()
@@ -174,8 +237,8 @@ class RunLog:
             self.last_line = now
             done = step - self.start
             eta = (now - self.began) / max(1, done) * (self.total - step)
-            text = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"step {step}/{self.total}  {text}  eta {_clock(eta)}", file=sys.stderr, flush=True)
+            text = "".join(f"  {k} {v}" for k, v in self.shown.items())
+            print(f"step {step}/{self.total}{text}  eta {_clock(eta)}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -184,8 +247,11 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def sample(self, step: int, text: str) -> None:
-        with (self.run / "samples.txt").open("a") as file:
-            file.write(f"=== step {step}\n{text}\n\n")
+        try:
+            with (self.run / "samples.txt").open("a") as file:
+                file.write(f"=== step {step}\n{text}\n\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.run}/samples.txt: {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()
@@ -198,10 +264,13 @@ class RunLog:
 
 
 class Meter:
-    """Tokens per second since the last reading, pauses left out, and the share of the device's peak (MFU) where it is known."""
+    """Tokens per second since the last reading, pauses left out, and the share of the device's peak (MFU) if known."""
 
-    def __init__(self, start: int, tokens_per_step: int, flops_per_token: float, peak: float | None, devices: int) -> None:
-        self.tokens_per_step, self.flops_per_token, self.peak, self.devices = tokens_per_step, flops_per_token, peak, devices
+    def __init__(
+        self, start: int, tokens_per_step: int, flops_per_token: float, peak: float | None, devices: int
+    ) -> None:
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak, self.devices = peak, devices
         self.since, self.clock = start, time.monotonic()
 
     def read(self, step: int) -> dict[str, float]:
@@ -221,18 +290,35 @@ class Meter:
 
 
 class StopSignal:
-    """The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint; the second at once."""
+    """The first SIGINT or SIGTERM ends the run after the step in progress, with a checkpoint; a second one at once.
+
+    Only between `arm` and the end of the ``with`` block; elsewhere the signals do what they always do.
+    """
+
+    TOGETHER = 0.5  # seconds: a launcher and the terminal may both pass on what was one signal
 
     def __init__(self) -> None:
         self.asked = False
+        self.when = 0.0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def arm(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            self.before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self.when = True, time.monotonic()
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        elif time.monotonic() - self.when > self.TOGETHER:
             os._exit(128 + number)
-        self.asked = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 class Trace:
@@ -243,18 +329,35 @@ class Trace:
     def __init__(self, run: Path, start: int) -> None:
         self.path, self.first = run / "profile.json", start + 1
         self.profiler: Any = None
+        self.steps = 0
 
     def after(self, step: int) -> None:
         """Called at the end of every step."""
         if step + 1 == self.first:
             self.profiler = torch.profiler.profile(profile_memory=True)
             self.profiler.start()
-        elif self.profiler is not None and step + 1 == self.first + self.STEPS:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.path))
-            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12), file=sys.stderr)
-            print(f"trace of {self.STEPS} steps: {self.path}", file=sys.stderr)
-            self.profiler = None
+        elif self.profiler is not None:
+            self.steps += 1
+            if self.steps == self.STEPS:
+                self.close()
+
+    def close(self) -> None:
+        """Write what there is; nothing for a run of a single step."""
+        if self.profiler is None:
+            return
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.path))
+        print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12), file=sys.stderr)
+        print(f"trace of {self.steps} steps: {self.path}", file=sys.stderr)
+        self.profiler = None
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that a killed process left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Any:

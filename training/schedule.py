@@ -8,8 +8,8 @@ import math
 def factor(step: int, total: int, kind: str, warmup: int, decay: float, floor: float) -> float:
     """The factor on the base rate for step 0 <= step < total.
 
-    Linear warm-up over ``warmup`` steps, then: ``cosine`` to ``floor`` at the end (arXiv:1608.03983 without restarts); ``wsd``
-    constant, then linear to ``floor`` over the last ``decay`` share of the run (arXiv:2404.06395); ``constant``.
+    Linear warm-up over ``warmup`` steps, then: ``cosine`` to ``floor`` at the end (arXiv:1608.03983 without restarts);
+    ``wsd``: constant, then linear to ``floor`` over the last ``decay`` of the run (arXiv:2404.06395); ``constant``.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -31,8 +31,9 @@ def chunked(h: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = No
 def per_token(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(target) [N] and whether the target is the argmax [N], in blocks of rows."""
     nll, greedy = [], []
-    for rows in torch.arange(len(h)).split(_rows(weight)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    rows = _rows(weight)
+    for start in range(0, len(h), rows):
+        part = slice(start, start + rows)
         logits = _wide(h[part] @ weight.T)
         nll.append(F.cross_entropy(logits, targets[part], reduction="none"))
         greedy.append(logits.argmax(-1) == targets[part])
@@ -61,20 +62,17 @@ class _Chunked(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, h.shape[0], rows):
                 part = slice(start, start + rows)
-                logits = _wide(h[part] @ weight.T)
-                log_z = logits.logsumexp(-1, keepdim=True)
+                log_p = _wide(h[part] @ weight.T).log_softmax(-1)
                 target = targets[part, None]
-                nll = (log_z - logits.gather(1, target)).squeeze(1)
-                keep = None if mask is None else mask[part]
-                total = total + (nll if keep is None else torch.where(keep, nll, 0.0)).sum()
+                keep = None if mask is None else mask[part, None].to(wide)
+                nll = log_p.gather(1, target)
+                total = total - (nll if keep is None else nll * keep).sum()
                 if grad_h is not None and grad_w is not None:
-                    d = logits.sub_(log_z).exp_()
-                    d.scatter_add_(1, target, torch.full_like(target, -1, dtype=d.dtype))
-                    if keep is not None:
-                        d = torch.where(keep[:, None], d, 0.0)
-                    d = d.to(h.dtype)
-                    grad_h[part] = d @ weight
-                    grad_w += d.T @ h[part]
+                    d = log_p.exp_()
+                    d.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+                    d = (d if keep is None else d.mul_(keep)).to(h.dtype)
+                    torch.mm(d, weight, out=grad_h[part])
+                    grad_w = grad_w.addmm_(d.T, h[part]) if d.dtype == wide else grad_w.add_(d.T @ h[part])
         if want:
             ctx.save_for_backward(grad_h, grad_w)
         return total

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.swiglu import swiglu
 from models.errors import UserError
 from models.parsing import choice
 from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, State, count_params, normal_, reset_norm
@@ -24,6 +25,8 @@ class MLPConfig:
     def __post_init__(self) -> None:
         if self.hidden is not None and self.hidden < 1:
             raise UserError(f"hidden must be at least 1, got {self.hidden}")
+        if self.ratio <= 0:
+            raise UserError(f"ratio must be positive, got {self.ratio}")
 
     def tiny(self) -> Self:
         """For a model of width 64."""
@@ -36,6 +39,11 @@ class SwiGLUConfig(MLPConfig):
 
     kind: str = "swiglu"
     multiple_of: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.multiple_of < 1:
+            raise UserError(f"multiple_of must be at least 1, got {self.multiple_of}")
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,7 @@ class SwiGLU(MLP):
         return math.ceil(2 * self.cfg.ratio * self.site.d_model / 3 / unit) * unit
 
     def activate(self, h: Tensor) -> Tensor:
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return swiglu(h)
 
 
 class Gelu(MLP):

@@ -1,13 +1,16 @@
 """Exchange with Hugging Face: Llama-family checkpoints in, any model of the zoo out.
 
-Importing this package does not import transformers; the registered classes (`LociForCausalLM`, `LociConfig`) do, on first use.
+Importing this package does not import transformers; `LociForCausalLM` and `LociConfig` do, on first use.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.hf.exchange import export_run, import_run, load_pretrained
+
+if TYPE_CHECKING:
+    from models.hf.modeling import LociConfig, LociForCausalLM
 
 __all__ = ["LociConfig", "LociForCausalLM", "export_run", "import_run", "load_pretrained"]
 

@@ -27,18 +27,20 @@ def main(argv: list[str] | None = None) -> None:
     out = commands.add_parser(
         "export",
         help="a run to a folder that transformers loads",
-        epilog="example: ... export runs/quickstart exported",
+        epilog="example: python -m models.hf export runs/quickstart out",
     )
     out.add_argument("run", type=Path, metavar="RUN")
     out.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     out.add_argument(
-        "--format", choices=FORMATS, default="auto", help="llama: a native class; loci: the registered one"
+        "--format", dest="form", choices=FORMATS, default="auto", help="llama: native; loci: the registered class"
     )
     out.add_argument("--dtype", choices=DTYPES, help="of the weights; default as in the checkpoint")
     out.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
     out.add_argument("--allow-foreign", action="store_true", help='permit parts of kind "package.module:Class"')
     into = commands.add_parser(
-        "import", help="a Llama-family checkpoint to a run", epilog="example: ... import SmolLM2-135M runs/smollm2"
+        "import",
+        help="a Llama-family checkpoint to a run",
+        epilog="example: python -m models.hf import SmolLM2-135M runs/smollm2",
     )
     into.add_argument("folder", type=Path, metavar="DIR", help="with config.json, safetensors and tokenizer.json")
     into.add_argument("run", type=Path, metavar="RUN", help="a new run folder")
@@ -46,12 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.command == "import":
         model = import_run(args.folder, args.run, DTYPES[args.dtype])
-        print(
-            f"{args.run}: {count_params(model):,} parameters, {model.cfg.n_layers} layers, imported from {args.folder}"
-        )
+        print(f"{args.run}: {count_params(model):,} parameters in {model.cfg.n_layers} layers, from {args.folder}")
     else:
-        zoo.allow_foreign(args.allow_foreign)
-        written = export_run(args.run, args.folder, args.format, args.step, DTYPES.get(args.dtype))
+        if args.allow_foreign:
+            zoo.allow_foreign()
+        written = export_run(args.run, args.folder, args.form, args.step, DTYPES.get(args.dtype))
         print(f"{args.folder}: written as {written}")
 
 

@@ -1,4 +1,4 @@
-"""The model section of our config <-> a Llama-family ``config.json``. What one side cannot say is refused, never dropped."""
+"""Our model config <-> a Llama-family ``config.json``. What one side cannot say is refused, never dropped."""
 
 from __future__ import annotations
 
@@ -58,28 +58,11 @@ KNOWN_MISFITS = {
     "gemma2": "its norms and embeddings are scaled",
     "gpt2": "its weights are not Llama-shaped",
 }
-HARMLESS = {  # say nothing about the forward of these families
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "is_llama_config",
-    "model_type",
-    "pad_token_id",
-    "pretraining_tp",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "use_cache",
-    "_attn_implementation_autoset",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "chunk_size_feed_forward",
-    "return_dict",
+HARMLESS = {  # say nothing about the forward of these families; neither does a name that begins with "_"
+    *("architectures", "auto_map", "dtype", "is_llama_config", "model_type", "pretraining_tp", "tokenizer_class"),
+    *("torch_dtype", "transformers_version", "transformers.js_config", "use_cache", "return_dict", "problem_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "chunk_size_feed_forward"),
+    *("do_sample", "max_length", "temperature", "top_k", "top_p", "repetition_penalty"),
 }
 
 
@@ -97,7 +80,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
         if not isinstance(raw.get(name), int):
             raise UserError(f"config.json: '{name}' must be an integer, got {raw.get(name)!r}")
     for name, value in raw.items():
-        known = name in family.defaults or name in REQUIRED or name in HARMLESS
+        known = name in family.defaults or name in REQUIRED or name in HARMLESS or name.startswith("_")
         # an unknown field that is null, false or empty switches something off
         if not known and value not in (None, False, 0, "", [], {}):
             raise _refuse(name, value)
@@ -142,7 +125,7 @@ def _block(values: dict[str, Any], window: int | None) -> BlockConfig:
 
 
 def _rope_theta(values: dict[str, Any]) -> float:
-    """Of the older ``rope_theta`` + ``rope_scaling`` or the newer ``rope_parameters``; every form but the plain one is refused."""
+    """Of the older ``rope_theta`` + ``rope_scaling`` or the newer ``rope_parameters``; only the plain form is taken."""
     theta = values["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
         group = values[name] or {}
@@ -192,7 +175,7 @@ def _shortest_period(names: list[str]) -> tuple[str, ...]:
 
 
 def to_hf(model: LM) -> dict[str, Any]:
-    """A native Llama-family ``config.json``. Raises UserError naming the first thing that no such family can express."""
+    """A native Llama-family ``config.json``. Raises UserError naming the first thing that no family can express."""
     cfg = model.cfg
     _need(cfg.norm == "rmsnorm", f"norm '{cfg.norm}'")
     _need(not cfg.learned_positions, "learned_positions")

@@ -20,7 +20,7 @@ from models.parsing import to_dict
 
 FORMATS = ("auto", "llama", "loci")
 AUTO_MAP = {"AutoConfig": "modeling_loci.LociConfig", "AutoModelForCausalLM": "modeling_loci.LociForCausalLM"}
-SHIM = '''"""Lets transformers find the model's code with trust_remote_code=True; the code itself is the loci-lm package."""
+SHIM = '''"""Where transformers finds the model's code with trust_remote_code=True: in the loci-lm package."""
 
 try:
     from models.hf.modeling import LociConfig, LociForCausalLM  # noqa: F401
@@ -51,21 +51,21 @@ def import_run(source: Path | str, run: Path | str, dtype: torch.dtype = torch.f
 def export_run(
     run: Path | str,
     folder: Path | str,
-    format: str = "auto",
+    form: str = "auto",
     step: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The newest checkpoint of a run (or that of ``step``) as a Hugging Face folder. -> the architecture it is written as.
+    """The newest checkpoint of a run (or that of ``step``) as a Hugging Face folder. -> its architecture.
 
-    ``format``: ``llama`` writes a native Llama, Mistral or Qwen3 and refuses what these cannot express, ``loci`` the
-    registered class, ``auto`` the first where possible. ``dtype``: of the weights; default as they are in the checkpoint.
+    ``form``: ``llama`` writes a native Llama, Mistral or Qwen3 and refuses what these cannot express, ``loci`` the
+    registered class, ``auto`` the first where possible. ``dtype``: of the weights; default as in the checkpoint.
     """
     run, folder = Path(run), Path(folder)
-    if format not in FORMATS:
-        raise UserError(f"unknown format '{format}'{nearest(format, FORMATS)}")
+    if form not in FORMATS:
+        raise UserError(f"unknown format '{form}'{nearest(form, FORMATS)}")
     _must_be_new(folder)
     model, _ = load_model(run, dtype=dtype, step=step)
-    config = _config(model, format)
+    config = _config(model, form)
     config["dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     with atomic_folder(folder) as target:
         ends = export_tokenizer(run / "tokenizer", target, model.cfg.max_seq_len)
@@ -85,7 +85,10 @@ def export_run(
 def load_pretrained(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LM, Path]:
-    """An exported folder, or any Llama-family checkpoint, as our own model. -> (model in eval mode, folder of its tokenizer)."""
+    """An exported folder, or any Llama-family checkpoint, as our own model.
+
+    -> (the model in eval mode, the folder of its tokenizer).
+    """
     folder = Path(folder)
     model = _open(folder, _read_config(folder), dtype)
     return model.to(device), folder
@@ -112,10 +115,10 @@ def write_shim(folder: Path) -> None:
     (folder / f"{AUTO_MAP['AutoConfig'].partition('.')[0]}.py").write_text(SHIM)
 
 
-def _config(model: LM, format: str) -> dict[str, Any]:
-    if format == "llama":
+def _config(model: LM, form: str) -> dict[str, Any]:
+    if form == "llama":
         return families.to_hf(model)
-    if format == "auto":
+    if form == "auto":
         try:
             return families.to_hf(model)
         except UserError:
@@ -139,8 +142,9 @@ def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> LM:
     """A native checkpoint is read in fp32 unless ``dtype`` says otherwise, one of our own as it is stored."""
     tensors = weights.read_tensors(folder)
     if raw["model_type"] == "loci":
-        model = meta_model(model_config(raw.get("model")))
-        tensors = {name.removeprefix(weights.PREFIX): t.to(dtype or t.dtype) for name, t in tensors.items()}
+        model = meta_model(model_config(raw.get("model") or {}))
+        dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+        tensors = {name.removeprefix(weights.PREFIX): t.to(dtypes[name]) for name, t in tensors.items()}
     else:
         try:
             model = meta_model(families.from_hf(raw))

@@ -31,7 +31,9 @@ class LociConfig(PreTrainedConfig):
     def __init__(self, model: dict[str, Any] | None = None, **kwargs: Any) -> None:
         derived = {} if model is None else loci_config(model_config(model))
         derived = {k: v for k, v in derived.items() if k not in ("model", "model_type")}
-        super().__init__(**{**derived, **kwargs})
+        merged = {**derived, **kwargs}
+        self.use_cache = bool(merged.pop("use_cache", True))  # transformers would drop it as an option of generation
+        super().__init__(**merged)
         self.model = model
 
     @classmethod
@@ -59,23 +61,19 @@ class LociCache(Cache):
 
     def extend(self, lm: LM, tokens: Tensor, valid: Tensor | None) -> Tensor:
         """Continue every sequence by tokens [B, T]. -> final hidden states [B, T, D]."""
-        seen = self.get_seq_length()
-        needed = seen + tokens.shape[1]
+        needed = self.get_seq_length() + tokens.shape[1]
         if self.state is None or needed > self.capacity:
             self._grow(lm, tokens, needed)
         hidden, self.state, _ = lm.features(Batch(tokens, valid=valid), self.state, donate=not torch.is_grad_enabled())
-        if valid is None and self.valid is not None:
-            valid = torch.ones_like(tokens, dtype=torch.bool)
-        if valid is not None and self.valid is None:
-            self.valid = valid.new_ones(tokens.shape[0], seen)
-        self.valid = valid if self.valid is None or valid is None else torch.cat((self.valid, valid), dim=1)
+        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        self.valid = valid if self.valid is None else torch.cat((self.valid, valid), dim=1)
         self.tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), dim=1)
         return hidden
 
     def _grow(self, lm: LM, tokens: Tensor, needed: int) -> None:
         room = needed + max(needed, 1024)
-        bounds = [self.max_len or room, lm.cfg.max_seq_len if lm.cfg.learned_positions else room]
-        self.capacity = max(min(room, *bounds), needed)
+        bounds = (self.max_len, lm.cfg.max_seq_len if lm.cfg.learned_positions else None)
+        self.capacity = min([room, *(bound for bound in bounds if bound and bound >= needed)])
         self.state = lm.init_state(tokens.shape[0], self.capacity)
         if self.tokens is not None:
             _, self.state, _ = lm.features(Batch(self.tokens, valid=self.valid), self.state)
@@ -98,11 +96,8 @@ class LociCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
-        if self.state is None or self.tokens is None:
-            return
-        self.state = select_rows(self.state, beam_idx)
-        self.tokens = self.tokens[beam_idx.to(self.tokens.device)]
-        self.valid = None if self.valid is None else self.valid[beam_idx.to(self.valid.device)]
+        held = (self.state, self.tokens, self.valid)
+        self.state, self.tokens, self.valid = select_rows(held, beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
@@ -118,7 +113,7 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LociConfig) -> None:
         super().__init__(config)
-        self.lm = LM(model_config(config.model))
+        self.lm = LM(model_config(config.model or {}))
         self.post_init()
 
     def forward(
@@ -132,11 +127,12 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """input_ids [B, T], attention_mask [B, T or all columns so far] -> logits [B, T or fewer, V], loss with labels [B, T].
+        """input_ids [B, T], attention_mask [B, T or all columns so far] -> logits [B, T or fewer, V].
 
+        ``labels`` [B, T], -100 where none: the mean cross-entropy of predicting each from the tokens before it.
         Positions follow from the mask. With a cache these tokens continue what it holds; it is changed in place.
         """
-        self._refuse(kwargs, attention_mask)
+        self._refuse(kwargs, attention_mask, past_key_values)
         valid = _valid(attention_mask, input_ids.shape[1])
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and labels is None and not self.training
@@ -157,39 +153,41 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # pyright: ignore[reportArgumentType]
         return output.to_tuple() if return_dict is False else output
 
-    def _refuse(self, kwargs: dict[str, Any], attention_mask: Tensor | None) -> None:
+    def _refuse(self, kwargs: dict[str, Any], attention_mask: Tensor | None, cache: Any) -> None:
         for name in ("inputs_embeds", "position_ids"):
             if kwargs.pop(name, None) is not None:
-                raise ValueError(
-                    f"{type(self).__name__} does not take {name}: parts read token ids, positions follow the mask"
-                )
+                raise ValueError(f"{name} is not supported: parts read token ids, and positions follow the mask")
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None):
-                raise ValueError(f"{type(self).__name__} has no {name}")
+                raise ValueError(f"{name} is not supported")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, T], got {tuple(attention_mask.shape)}")
+        if not isinstance(cache, LociCache | None):
+            raise ValueError(f"past_key_values must be a LociCache, got {type(cache).__name__}")
 
     # -- what transformers asks of a model
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: LociCache | None = None,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(f"{type(self).__name__} does not take inputs_embeds: parts read token ids")
-        columns = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        """``input_ids`` may hold the whole sequence or only what is new; the mask, where there is one, is whole."""
+        new = next_sequence_length
+        if new is None and past_key_values is not None and attention_mask is not None:
+            new = attention_mask.shape[1] - past_key_values.get_seq_length()
         return {
-            "input_ids": input_ids[:, -(columns - seen) :],  # ids may hold the whole sequence or only what is new
+            "input_ids": input_ids if new is None else input_ids[:, -new:],
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
-            "use_cache": bool(use_cache),
-            "logits_to_keep": logits_to_keep,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": bool(kwargs.get("use_cache")),
+            "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
 
     @classmethod
@@ -198,21 +196,24 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """A hint of the length saves replays; where transformers no longer calls this, the cache grows by itself."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LociCache(getattr(generation_config, "max_length", None))
+        return done
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, LM):
-            return
-        loaded = [name for name, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)]
-        if loaded:
-            missing = next(name for name, _ in module.named_parameters() if name not in loaded)
-            raise ValueError(f"the checkpoint has no tensor '{missing}'")
-        module.reset_parameters(torch.Generator().manual_seed(torch.initial_seed() % 2**63))
+        mine = {id(p) for p in module.parameters(recurse=False)} | {id(b) for b in module.buffers(recurse=False)}
+        tensors = [*self.lm.named_parameters(), *self.lm.named_buffers()]
+        loaded = {name for name, t in tensors if getattr(t, "_is_hf_initialized", False)}
+        missing = [name for name, t in tensors if id(t) in mine and name not in loaded]
+        if loaded and missing:
+            raise ValueError(f"the checkpoint has no tensor '{missing[0]}'")
+        if isinstance(module, LM) and not loaded:
+            generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+            module.reset_parameters(generator)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.embed
@@ -239,7 +240,9 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.lm.tables():
+        if model.lm.tables():  # transformers made them on meta and does not know of them
+            device = model.lm.embed.weight.device
+            model.lm._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
             load_tables(model.lm, Path(pretrained_model_name_or_path))
         return loaded
 

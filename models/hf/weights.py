@@ -85,7 +85,7 @@ def _pieces(model: LM, name: str) -> list[tuple[str, int]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder: ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names."""
+    """All tensors of a checkpoint folder: of ``model.safetensors``, or of the shards that its index names."""
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
         try:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.rope import rotate, split_rotate
 from models.errors import UserError
 from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, build_norm, count_params, normal_, reset_norm
 
@@ -29,10 +30,14 @@ class AttentionConfig:
     dropout: float = 0.0  # on attention probabilities, in training
 
     def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
-        if self.window is not None and self.window < 1:
-            raise UserError(f"window must be at least 1, got {self.window}")
         if self.head_dim is not None and self.head_dim % 2 and self.rope_theta is not None:
             raise UserError(f"head_dim={self.head_dim} must be even for rotary positions")
 
@@ -74,7 +79,7 @@ class Attention(Part):
         q, k, v = self._heads(self.norm(x), ctx)
         mask = ctx.shared[self._mask_key]
         if state is not None:
-            state, k, v = self._remember(state, k, v, ctx, donate)
+            state, k, v = self._remember(state, k, v, ctx, donate, mask.shape[-1])
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -89,14 +94,16 @@ class Attention(Part):
     def _heads(self, h: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> q [B, H, T, K], k and v [B, Hkv, T, K], normalised and rotated."""
         qkv = rearrange(self.qkv(h), "B T (H K) -> B T H K", K=self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        if self.cfg.qk_norm:
-            q, k = qk.split((self.heads, self.kv_heads), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2).to(v.dtype)
-        if self.cfg.rope_theta is not None:
-            qk = rotate(qk, *ctx.shared[self._rope_key])
-        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), dim=1)
-        return q, k, v.transpose(1, 2)
+        table = None if self.cfg.rope_theta is None else ctx.shared[self._rope_key]
+        if table is not None and not self.cfg.qk_norm:
+            q, k, v = split_rotate(qkv, table[0], table[1], self.heads, self.kv_heads)
+        else:
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+            if self.cfg.qk_norm:
+                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            if table is not None:
+                q, k = (rotate(x, table[0], table[1]) for x in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     # -- what all attention layers of a kind share in one forward
 
@@ -148,9 +155,7 @@ class Attention(Part):
     def _capacity(self, max_len: int) -> int:
         return max_len if self.cfg.window is None else min(self.cfg.window, max_len)
 
-    def init_state(
-        self, batch: int, device: torch.device | str, dtype: torch.dtype, max_len: int
-    ) -> AttentionState:
+    def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype, max_len: int) -> AttentionState:
         shape = (batch, self.kv_heads, self._capacity(max_len), self.head_dim)
         return AttentionState(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
@@ -160,7 +165,7 @@ class Attention(Part):
         if ctx.positions.device.type != "cpu" or torch.compiler.is_compiling():
             return capacity
         needed = max(int(ctx.positions.max()) + 1, 1)
-        if self.cfg.window is None and needed > capacity:
+        if needed > capacity and capacity != self.cfg.window:
             raise UserError(f"context of {needed} tokens does not fit a state made for {capacity}")
         return min(capacity, needed)
 
@@ -170,16 +175,16 @@ class Attention(Part):
 
     def _slot_positions(self, state: AttentionState, ctx: Ctx) -> Tensor:
         """Absolute position of each key that `_remember` returns, negative where there is none: [B, S]."""
-        size = state.k.shape[2]
+        size, extent = state.k.shape[2], self._extent(state, ctx)
         if not self._is_ring(ctx):
-            return _ring_positions(_last(ctx), size)[:, : self._extent(state, ctx)]
+            return _ring_positions(_last(ctx), size)[:, :extent]
         new = ctx.positions if ctx.valid is None else ctx.positions.masked_fill(~ctx.valid, -1)
         return torch.cat((_ring_positions(_before(ctx), size), new), dim=1)
 
     def _remember(
-        self, state: AttentionState, k: Tensor, v: Tensor, ctx: Ctx, donate: bool
+        self, state: AttentionState, k: Tensor, v: Tensor, ctx: Ctx, donate: bool, extent: int
     ) -> tuple[AttentionState, Tensor, Tensor]:
-        """-> (state with these tokens, keys, values to attend to)."""
+        """-> (state with these tokens, keys, values to attend to: ``extent`` of them, as many as the mask has)."""
         slot = ctx.positions % state.k.shape[2]
         old = state
         ring = self._is_ring(ctx)
@@ -191,7 +196,6 @@ class Attention(Part):
             state = AttentionState(*_write_latest(old, (k, v), slot, ctx.valid))
         if ring:
             return state, torch.cat((old.k.to(k.dtype), k), dim=2), torch.cat((old.v.to(v.dtype), v), dim=2)
-        extent = self._extent(state, ctx)
         return state, state.k[:, :, :extent].to(k.dtype), state.v[:, :, :extent].to(v.dtype)
 
     # -- formulas
@@ -245,7 +249,9 @@ def _write_latest(
     time = torch.arange(T, device=slot.device).expand(B, T)
     if valid is not None:
         slot = torch.where(valid, slot, size)  # one slot more than there are, cut off below
-    source = torch.full((B, size + 1), -1, device=slot.device).scatter_reduce(1, slot, time, "amax")[:, None, :size, None]
+    source = torch.full((B, size + 1), -1, device=slot.device).scatter_reduce(1, slot, time, "amax")[
+        :, None, :size, None
+    ]
     index = source.clamp(min=0).expand(-1, new[0].shape[1], -1, new[0].shape[3])
     return tuple(torch.where(source >= 0, n.gather(2, index).to(b.dtype), b) for b, n in zip(buffers, new, strict=True))
 
@@ -255,10 +261,3 @@ def rope_table(positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, 
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angle = positions[..., None, None].float() * theta**-exponent
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, K] rotated by its position; in the dtype of x."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

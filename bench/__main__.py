@@ -1,0 +1,76 @@
+"""python -m bench kernels|train|decode [--out FILE]: ratios against peers, measured in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import decode, kernels, train
+from models.errors import UserError, guard
+from training.runlog import environment
+
+
+def run_train(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    known = train.SHAPES if args.device == "cpu" else train.GPU_SHAPES
+    shapes = args.shapes or list(known)
+    for shape in shapes:
+        if shape not in known:
+            raise UserError(f"no shape '{shape}'; valid: {', '.join(known)}")
+    rows = []
+    for shape in shapes:
+        for precision in args.precisions:
+            for mode in args.modes:
+                rows.append(train.measure(shape, precision, mode, args.pairs, args.device))
+                print(train.table(rows[-1:]).splitlines()[-1], file=sys.stderr)
+    return rows, train.table(rows)
+
+
+def run_decode(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    shapes = args.shapes or list(train.SHAPES if args.device == "cpu" else train.GPU_SHAPES)
+    rows = [decode.measure(s, n, args.pairs, args.device) for s in shapes for n in decode.CONTEXTS]
+    return rows, decode.table(rows)
+
+
+def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    rows = [kernels.measure(case, args.pairs) for case in kernels.cases(args.device)]
+    return rows, kernels.table(rows)
+
+
+@guard
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Ratios against peers in the same run: above 1, ours is faster.",
+        epilog="example: python -m bench train --shapes 1M 8M --precisions fp32 --out bench/results/train-cpu.md",
+    )
+    parser.add_argument("what", choices=("kernels", "train", "decode"))
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all of this device")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table, and a .json beside it")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows, text = {"train": run_train, "decode": run_decode, "kernels": run_kernels}[args.what](args)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        about = environment()
+        head = (
+            f"`python -m bench {' '.join(sys.argv[1:])}` on {about['device']}, torch {about['versions']['torch']}\n\n"
+        )
+        args.out.write_text(head + text + "\n")
+        args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Judge a run on lm-eval tasks: ``python -m eval RUN --tasks a,b``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from models import UserError
+from models.errors import guard
+
+EXAMPLE = """examples:
+  python -m eval runs/quickstart --tasks corpus
+  python -m eval runs/quickstart --tasks sciq,copa --limit 100 --batch-size 32
+  python -m eval runs/quickstart --suite smoke
+  python -m eval runs/quickstart --tasks my_task --include-path my_tasks/
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m eval", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("run", help="a run folder, or a model exported in Hugging Face format")
+    p.add_argument(
+        "--tasks", help="names of lm-eval tasks, groups or globs, comma-separated; 'corpus': the run's own text"
+    )
+    p.add_argument("--suite", help="a named set of tasks, instead of --tasks")
+    p.add_argument("--limit", type=float, help="items per task; below 1, a share of them")
+    p.add_argument("--num-fewshot", type=int, help="examples in the prompt")
+    p.add_argument(
+        "--include-path", action="append", default=[], metavar="DIR", help="a folder with task YAMLs (repeatable)"
+    )
+    p.add_argument("--batch-size", default="auto", help="auto, or a number of rows")
+    p.add_argument("--max-length", type=int, help="longest context; longer requests are cut on the left, and counted")
+    p.add_argument(
+        "--rolling", default="windows", help="documents in windows (as lm_eval --model hf), or 'carry' the state along"
+    )
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
+    p.add_argument("--step", type=int, help="an older checkpoint")
+    p.add_argument("--out", metavar="FILE", help="results as JSON; default: RUN/eval/<name>_<step>.json")
+    p.add_argument("--log-samples", action="store_true", help="also keep every request and answer")
+    p.add_argument("--no-cache", action="store_true", help="neither use nor keep results of single requests")
+    p.add_argument("--allow-foreign", action="store_true", help="let a config run code from outside this repository")
+    return p
+
+
+@guard
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if bool(args.tasks) == bool(args.suite):
+        raise UserError("give either --tasks or --suite")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from eval.judge import evaluate, print_table
+    from eval.run import open_run
+    from eval.suites import suite
+
+    tasks = suite(args.suite) if args.suite else [t.strip() for t in args.tasks.split(",") if t.strip()]
+    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign)
+    results = evaluate(
+        run,
+        tasks,
+        name=args.suite,
+        limit=int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit,
+        num_fewshot=args.num_fewshot,
+        include_path=args.include_path,
+        batch_size=_batch_size(args.batch_size),
+        max_length=args.max_length,
+        rolling=args.rolling,
+        cache=not args.no_cache,
+        out=args.out,
+        log_samples=args.log_samples,
+    )
+    print_table(results)
+    return 0
+
+
+def _batch_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batch-size must be 'auto' or a positive number, got '{text}'")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""The configurations that sign the contracts: every kind of the zoo by slot and kind, the toys, and whole models.
+
+A kind of the zoo without an entry here fails `test_contracts.test_every_kind_has_a_case`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.tools import Case
+
+
+def _part(slot: str, name: str, part: dict[str, Any], **how: Any) -> Case:
+    return Case(f"{slot}-{name}", slot, part, **how)
+
+
+EMA = {"kind": "tests.toys:ToyEMA"}
+SLOTS_TOY = {"kind": "tests.toys:ToySlots"}
+BRANCHES_HASH = {"kind": "tests.toy_memory:ToyHashBranches"}
+HASH = {"kind": "tests.toy_memory:ToyHash"}
+
+CASES: dict[tuple[str, str], list[Case]] = {
+    ("mixer", "attention"): [
+        _part("mixer", "attention", {"kind": "attention", "heads": 4}),
+        _part("mixer", "attention-gqa-window", {"kind": "attention", "heads": 4, "kv_heads": 2, "window": 3}),
+        _part("mixer", "attention-qknorm", {"kind": "attention", "heads": 2, "head_dim": 6, "qk_norm": True}),
+        _part("mixer", "attention-nope-bias", {"kind": "attention", "heads": 2, "rope_theta": None, "bias": True}),
+        _part("mixer", "attention-window1", {"kind": "attention", "heads": 2, "kv_heads": 1, "window": 1}),
+    ],
+    ("channel", "swiglu"): [
+        _part("channel", "swiglu", {"kind": "swiglu", "hidden": 20}),
+        _part("channel", "swiglu-bias", {"kind": "swiglu", "multiple_of": 8, "bias": True}),
+    ],
+    ("channel", "gelu"): [
+        _part("channel", "gelu", {"kind": "gelu", "bias": True}),
+        _part("channel", "gelu-tanh", {"kind": "gelu", "hidden": 9, "approximate": "tanh"}),
+    ],
+    ("channel", "relu2"): [_part("channel", "relu2", {"kind": "relu2", "ratio": 2})],
+}
+
+TOYS = [
+    _part("mixer", "ema", EMA, nonlinear=("spread",), other_flops=2 * 4 * 6),
+    _part("channel", "slots", SLOTS_TOY, nonlinear=("balance",)),
+    _part(
+        "mixer",
+        "nest-ema",
+        {"kind": "tests.toys:ToyNest", "inner": EMA},
+        nonlinear=("spread",),
+        other_flops=2 * 4 * 6,
+    ),
+    _part(
+        "mixer",
+        "nest-attention",
+        {"kind": "tests.toys:ToyNest", "inner": {"kind": "attention", "heads": 2, "window": 3}},
+    ),
+    _part("memory", "hash", HASH, other_flops=2 * 2 * 16),
+]
+
+_ATTENTION = {"kind": "attention", "heads": 2}
+_SWIGLU = {"kind": "swiglu", "hidden": 12}
+MODELS = [
+    Case("model-llama", model={"blocks": {"a": {"mixer": {**_ATTENTION, "kv_heads": 1}, "channel": _SWIGLU}}}),
+    Case(
+        "model-gpt2",
+        model={
+            "blocks": {"a": {"mixer": {**_ATTENTION, "rope_theta": None}, "channel": {"kind": "gelu"}}},
+            "norm": "layernorm",
+            "norm_bias": True,
+            "learned_positions": True,
+            "max_seq_len": 32,
+        },
+    ),
+    Case(
+        "model-everything",
+        model={
+            "n_layers": 3,
+            "tied": False,
+            "blocks": {
+                "local": {"mixer": {**_ATTENTION, "window": 4}, "channel": SLOTS_TOY},
+                "ema": {"mixer": EMA, "channel": _SWIGLU},
+            },
+            "pattern": ["ema", "local", "ema"],
+            "at": {1: {"memory": HASH}, 2: {"memory": HASH, "mixer": None}},
+        },
+        nonlinear=("balance", "spread"),
+        other_flops=4 * 6 + 2 * 2 * 16,
+    ),
+    Case(
+        "model-branches",
+        model={
+            "branches": 3,
+            "blocks": {"a": {"memory": BRANCHES_HASH, "mixer": EMA, "channel": _SWIGLU}},
+        },
+        nonlinear=("spread",),
+        # per layer: three gates of the memory, the scan, and the write maps of two parts
+        other_flops=2 * (3 * 2 * 16 + 4 * 6 + 2 * 2 * 3 * 16),
+    ),
+]
+
+ALL = [case for cases in CASES.values() for case in cases] + TOYS + MODELS
