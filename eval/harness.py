@@ -331,4 +331,5 @@ def _tokens_added_in_front(tok: Tokenizer) -> list[int]:
     if tok.kind == "bytes":
         return []
     plain = tokenizers.Tokenizer.from_str(tok.json())
-    return plain.encode("", add_special_tokens=True).ids
+    ids, bare = (plain.encode("a", add_special_tokens=yes).ids for yes in (True, False))
+    return next((ids[:n] for n in range(len(ids)) if ids[n : n + len(bare)] == bare), [])

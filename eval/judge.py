@@ -118,7 +118,7 @@ def _run_harness(
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=lm.batch_size,
-            device=str(lm.device),
+            device=str(lm.model.embed.weight.device),
             bootstrap_iters=BOOTSTRAP,
             log_samples=log_samples,
         )

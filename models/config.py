@@ -99,7 +99,8 @@ def tiny(cfg: ModelConfig) -> ModelConfig:
     at = {layer: change for layer, change in cfg.at.items() if layer < 2 * period}
     depth = period if all(layer < period for layer in at) else 2 * period
     blocks = {
-        name: BlockConfig(**{slot: _tiny_part(getattr(block, slot)) for slot in SLOTS}) for name, block in cfg.blocks.items()
+        name: BlockConfig(**{slot: _tiny_part(getattr(block, slot)) for slot in SLOTS})
+        for name, block in cfg.blocks.items()
     }
     small = replace(cfg, d_model=64, n_layers=depth, blocks=blocks, at={})
     if not at:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from models.errors import UserError, nearest
 from models.lm import LM, meta_model
 
 MANIFEST = "manifest.json"
+TABLES = "tables.safetensors"
 FORMAT = 1  # of checkpoints; raised when an older reader could misread a newer file
 
 
@@ -91,11 +92,11 @@ def _fsync(path: Path) -> None:
 # -- weights
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Safetensors; raises OSError (not the library's own error) when the disk refuses."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Safetensors (with the header that transformers wants); raises OSError, not the library's own error, when the disk refuses."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(plain, str(path))
+        save_file(plain, str(path), metadata={"format": "pt"})
     except OSError:
         raise
     except Exception as error:  # safetensors wraps I/O failures in an error of its own
@@ -105,24 +106,34 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def save_weights(model: LM, folder: Path) -> None:
     """``model.safetensors`` (parameters and model memory) and, with row stores, ``tables.safetensors``."""
     write_tensors(model.state_dict(), folder / "model.safetensors")
-    tables = {f"{name}/{k}": t for name, table in model.tables().items() for k, t in table.state_dict().items()}
-    if tables:
-        write_tensors(tables, folder / "tables.safetensors")
+    save_tables(model, folder)
 
 
 def load_weights(model: LM, folder: Path) -> None:
     """Into a model of the same config; raises UserError naming the first tensor that does not fit."""
     load_state(model, load_file(str(folder / "model.safetensors")), str(folder))
+    load_tables(model, folder)
+
+
+def save_tables(model: LM, folder: Path) -> None:
+    """Row stores are no parameters, so they travel in a file of their own; nothing is written where there are none."""
+    entries = {f"{name}/{k}": t for name, table in model.tables().items() for k, t in table.state_dict().items()}
+    if entries:
+        write_tensors(entries, folder / TABLES)
+
+
+def load_tables(model: LM, folder: Path) -> None:
+    """What `save_tables` wrote; raises UserError for a table that is not there."""
     stores = model.tables()
-    if stores:
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(str(folder / "tables.safetensors")).items():
-            name, _, entry = key.rpartition("/")
-            found.setdefault(name, {})[entry] = tensor
-        for name, table in stores.items():
-            if name not in found:
-                raise UserError(f"{folder}: table '{name}' is missing{nearest(name, found)}")
-            table.load_state_dict(found[name])
+    entries = load_file(str(folder / TABLES)) if stores and (folder / TABLES).is_file() else {}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in entries.items():
+        name, _, entry = key.rpartition("/")
+        found.setdefault(name, {})[entry] = tensor
+    for name, store in stores.items():
+        if name not in found:
+            raise UserError(f"{folder}: table '{name}' is missing{nearest(name, found)}")
+        store.load_state_dict(found[name])
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -170,14 +170,14 @@ class LM(nn.Module):
         B, T = tokens.shape
         if state is not None and batch.cu_seqlens is not None:
             raise ValueError("cu_seqlens and a state exclude each other")
-        if self.cfg.learned_positions and self.cfg.max_seq_len < T:
-            raise UserError(
-                f"context of {T} tokens is longer than the {self.cfg.max_seq_len} learned positions of this model"
-            )
+        self._check_length(T)
         seen = tokens.new_zeros(B) if state is None else state.seen
         positions = batch.positions
         if positions is None or state is not None:
             positions = seen[:, None] + _positions(batch)
+        free_to_look = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if state is not None and self.position is not None and free_to_look:
+            self._check_length(int(positions.max()) + 1)
         new_seen = seen + (T if batch.valid is None else batch.valid.sum(dim=1))
         ctx = Ctx(tokens, positions, batch.cu_seqlens, batch.valid, self.progress, {}, {})
         shared: dict[str, Any] = {}
@@ -192,6 +192,11 @@ class LM(nn.Module):
         for key, (fn, layer, slot) in self._shared.items():
             shared[key] = fn(ctx, None if state is None else state.layers[layer][slot])
         return ctx, new_seen, lookback
+
+    def _check_length(self, length: int) -> None:
+        limit = self.cfg.max_seq_len
+        if self.cfg.learned_positions and length > limit:
+            raise UserError(f"context of {length} tokens is longer than the {limit} learned positions of this model")
 
     @property
     def head_weight(self) -> Tensor:
@@ -237,10 +242,7 @@ class LM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> LMState:
         """Empty memory of ``batch`` sequences of at most ``max_len`` tokens, by default on the model's device in its dtype."""
-        if self.cfg.learned_positions and max_len > self.cfg.max_seq_len:
-            raise UserError(
-                f"context of {max_len} tokens is longer than the {self.cfg.max_seq_len} learned positions of this model"
-            )
+        self._check_length(max_len)
         device = device or self.embed.weight.device
         dtype = dtype or self.embed.weight.dtype
         layers = tuple(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import keyword
 import multiprocessing
 import os
 import random
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["def", "class", "return", "self", "import", "for", "while", "if", "else", "yield", "lambda", "print", "value", "index", "total", "None"]
+WORDS = keyword.kwlist
 SWIGLU = {"kind": "swiglu", "hidden": 24}
 PLAIN = {
     "d_model": 16,
@@ -50,12 +51,12 @@ TOYS = {
 }
 
 
-def write_text(folder: Path, documents: int = 48, seed: int = 0) -> Path:
-    """Documents of 8 to 20 lines of Python-like words."""
+def write_text(folder: Path, documents: int = 64, seed: int = 0) -> Path:
+    """Documents of 4 to 10 lines, less than 500 bytes, of Python-like words."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for i in range(documents):
-        lines = (" ".join(rng.choices(WORDS, k=rng.randint(2, 7))) for _ in range(rng.randint(8, 20)))
+        lines = (" ".join(rng.choices(WORDS, k=rng.randint(2, 7))) for _ in range(rng.randint(4, 10)))
         (folder / f"{i:03d}.txt").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -11,8 +11,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.harness import LociLM
+from eval.run import open_run
 from models import Batch, UserError
-from tests.test_eval_runs import HYBRID, LEARNED, tiny_run
+from tests.test_eval_runs import HYBRID, LEARNED, tiny_model, tiny_run, write_run
 from tests.test_eval_scoring import plain
 
 EOS = 256
@@ -47,6 +48,25 @@ def test_loglikelihood_follows_the_conventions_of_lm_eval(tmp_path):
     found = lm.loglikelihood(requests("loglikelihood", PAIRS))
     for (context, cont), (logprob, _) in zip(PAIRS, found):
         assert logprob == pytest.approx(by_hand(lm, context, cont), abs=1e-4)
+
+
+def test_a_token_that_the_tokenizer_itself_puts_in_front(tmp_path):
+    path = write_run(tmp_path / "run", tiny_model())
+    content = json.loads((path / "tokenizer" / "tokenizer.json").read_text())
+    special = {"id": "<|endoftext|>", "type_id": 0}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": special}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [EOS], "tokens": ["<|endoftext|>"]}},
+    }
+    (path / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    (path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    lm = harness(open_run(path, "cpu"))
+    assert lm.tok_encode("ab") == [EOS, *lm.tok.encode("ab")]
+    found = lm.loglikelihood(requests("loglikelihood", [("ab", "c"), ("", "abc")]))
+    assert found[0][0] == pytest.approx(plain(lm.model, [EOS, *b"ab"], list(b"c"))[0], abs=1e-4)
+    assert found[1][0] == pytest.approx(plain(lm.model, [EOS], list(b"abc"))[0], abs=1e-4)
 
 
 def test_odd_requests(tmp_path):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.harness import LociLM
 from eval.run import open_run
 from models import Batch
 from models.hf import export_run, import_run
@@ -109,6 +108,8 @@ def test_same_log_likelihoods(task: Any, checkpoint: Path, theirs: Any):
         pytest.skip(f"no task items in {DATA}; set LOCI_DATA")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
+
+    from eval.harness import LociLM
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint / "hf")
     judge = HFLM(pretrained=theirs, tokenizer=tokenizer, device="cpu", batch_size=8)

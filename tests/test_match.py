@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import ModelConfig, UserError, meta_model, model_config
-from models.match import BUDGETS, match
+from models.match import BUDGETS, Match, match
 from models.parsing import to_dict
 from models.types import Cost, count_params
 
@@ -70,8 +70,9 @@ def test_dense_parameter_counts(width: int, params: int):
 def test_swiglu_width_rule(d: int, ratio: float, hidden: int):
     block = {"channel": {"kind": "swiglu", "ratio": ratio}}
     model = meta_model(model_config({"d_model": d, "n_layers": 1, "vocab_size": 5, "blocks": {"a": block}}))
-    assert model.layers[0].channel.hidden == hidden
-    assert count_params(model.layers[0].channel) == d + 3 * d * hidden
+    [(_, _, channel)] = model.parts()
+    assert channel.hidden == hidden
+    assert count_params(channel) == d + 3 * d * hidden
 
 
 @pytest.mark.parametrize("width", [205, 1050])
@@ -94,7 +95,7 @@ def test_match_finds_the_width_of_the_dense_baseline(width: int):
     ],
 )
 def test_match_is_the_best_of_all(on: str, vary: str, multiple_of: int):
-    def at(value: int) -> ModelConfig:
+    def at(value: int) -> Match:
         return match(small(hidden=7), to=target(value), on=on, vary=vary, seq_len=10, multiple_of=multiple_of)
 
     def target(extra: int) -> ModelConfig:
@@ -107,10 +108,10 @@ def test_match_is_the_best_of_all(on: str, vary: str, multiple_of: int):
     for extra in (0, 5):
         found = at(extra)
         goal = getattr(meta_model(target(extra)).cost(10), BUDGETS[on])
-        best = None
+        best: tuple[int, float] = (0, float("-inf"))
         for value in range(multiple_of, 2 * found.value + 2 * multiple_of, multiple_of):
             size = getattr(cost_of(vary, value), BUDGETS[on])
-            if best is None or abs(size - goal) < abs(best[1] - goal):
+            if abs(size - goal) < abs(best[1] - goal):
                 best = (value, size)
         assert (found.value, found.achieved) == best
         assert found.residual == found.achieved - found.target == best[1] - goal

@@ -1,30 +1,26 @@
-"""The backbone: another library's GPT-2, config errors, amendments, dropout, branches, tables, the summary command."""
+"""The backbone: another library's GPT-2, config errors, amendments, dropout, recomputing, branches."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import models
-from data.config import TokenizerConfig
 from models import Batch, ModelConfig, UserError, model_config, zoo
-from models.__main__ import BYTES_VOCABULARY, main
 from models.config import BlockConfig
+from models.lm import _keep_selections
 from models.parsing import load_yaml, to_dict
 from models.residual import sinkhorn
-from models.rows import sum_rows
-from models.summary import summary
 from tests.cases import MODELS
 from tests.tools import assert_close, gradients, in_pieces, random_batch, rel_err, same_bytes, spread, state_hash
-from tests.toy_memory import ToyTable
 
-ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = {"kind": "attention", "heads": 2}
 
 
@@ -185,7 +181,8 @@ def test_amendments_change_one_layer():
     assert (other.mixer, other.channel.kind, other.channel.hidden) == (None, "relu2", 5)
     assert short == BlockConfig(mixer=plain.mixer)
     model = models.build(cfg)
-    assert [list(block.parts()) for block in model.layers] == [["mixer", "channel"]] * 2 + [["channel"], ["mixer"]]
+    slots = [(i, slot) for i, slot, _ in model.parts()]
+    assert slots == [(0, "mixer"), (0, "channel"), (1, "mixer"), (1, "channel"), (2, "channel"), (3, "mixer")]
     assert model(random_batch(1, 5, 13)).losses["lm"].isfinite()
 
 
@@ -277,9 +274,9 @@ def test_dropout_drops_in_training(where: str):
 def test_losses_are_pure_and_weighted_once():
     """`lm` is the mean cross-entropy of counted targets; a part's loss is a mean over its layers; weights act in `total`."""
     model = build(blocks={"a": {"mixer": {"kind": "tests.toys:ToyEMA", "rate_weight": 0.5}}})
-    batch = random_batch(2, 6, 13)
+    batch: Any = random_batch(2, 6, 13)
     mask = torch.arange(12).view(2, 6) % 3 > 0
-    out = model(batch._replace(loss_mask=mask), logits="all")
+    out: Any = model(batch._replace(loss_mask=mask), logits="all")
     expected = F.cross_entropy(out.logits[mask], batch.targets[mask])
     assert_close(out.losses["lm"], expected, "forms", torch.float32)
     assert_close(model(batch, denom=1.0).losses["lm"], 12 * model(batch).losses["lm"], "forms", torch.float32)
@@ -297,7 +294,8 @@ def test_losses_are_pure_and_weighted_once():
 
 
 def test_logits_on_request():
-    model, batch = build(), random_batch(2, 5, 13)
+    model: Any = build()
+    batch: Any = random_batch(2, 5, 13)
     assert model(batch).logits is None
     assert model(batch._replace(targets=None)).logits.shape == (2, 5, 13)
     assert_close(model(batch, logits="last").logits, model(batch, logits="all").logits[:, -1:], dtype=torch.float32)
@@ -312,8 +310,29 @@ def test_logits_on_request():
 def test_the_same_seed_gives_the_same_weights():
     assert state_hash(build()) == state_hash(build())
     assert state_hash(models.build(model_config(raw()), seed=1)) != state_hash(build())
-    out = build(n_layers=16).layers[3].mixer.out.weight
+    out = dict(build(n_layers=16).named_parameters())["layers.3.mixer.out.weight"]
     assert float(out.detach().std()) == pytest.approx(0.02 / 32**0.5, rel=0.25)  # scaled down by depth
+
+
+def test_selections_are_saved_and_the_rest_recomputed():
+    """A tie or a last bit must not choose anew in the backward."""
+    ran: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        best = x.topk(2).indices
+        order = torch.sort(x.exp(), dim=-1, stable=True).indices
+        return x.gather(1, best).sin() * order[:, :2]
+
+    x = torch.randn(3, 5, requires_grad=True)
+    with Count():
+        checkpoint(choose, x, use_reentrant=False, context_fn=_keep_selections).sum().backward()
+    assert (ran["aten.topk.default"], ran["aten.sort.stable"]) == (1, 1)
+    assert ran["aten.sin.default"] == 2
 
 
 # -- residual branches
@@ -327,9 +346,10 @@ def test_branches_start_as_plain_residuals():
     with torch.no_grad():
         assert rel_err(branched(batch, logits="all").logits, plain(batch, logits="all").logits) < 0.02
     branched(batch).losses["lm"].backward()
-    maps = [p.grad for n, p in branched.named_parameters() if "_branches" in n]
-    assert all(g is not None and g.isfinite().all() for g in maps)
-    assert any(g.any() for g in maps)
+    maps = {n: g for n, g in gradients(branched).items() if "_branches" in n}
+    assert len(maps) == 4 * 2 * 3
+    assert all(g.isfinite().all() for g in maps.values())
+    assert any(g.any() for g in maps.values())
 
 
 def test_sinkhorn_is_doubly_stochastic():
@@ -338,143 +358,3 @@ def test_sinkhorn_is_doubly_stochastic():
     assert (m >= 0).all()
     assert_close(m.sum(-2), ones, "forms")
     assert rel_err(m.sum(-1), ones) < 1e-3
-
-
-# -- tables outside the parameters
-
-
-def test_row_gradients_are_those_of_an_embedding():
-    """Repeated rows add up; accumulation over two backwards adds up; no gradient is collected under no_grad."""
-    table, rows = ToyTable(7, 3), torch.tensor([[4, 1, 4], [4, 6, 1]])
-    table.reset(torch.Generator().manual_seed(0))
-    weight = table.values.clone().requires_grad_()
-    grad = torch.randn(2, 3, 3)
-    for part in (slice(0, 1), slice(1, 2)):
-        table.fetch(rows[part]).backward(grad[part])
-    F.embedding(rows, weight).backward(grad)
-    taken, values = table.take_grad()
-    assert taken.tolist() == [1, 4, 6]
-    assert_close(values, weight.grad[taken], "gradient", torch.float32)
-    with torch.no_grad():
-        assert torch.equal(table.fetch(rows), table.values[rows])
-    table.clear_grad()
-    assert table.take_grad() is None
-    unique, sums = sum_rows(torch.tensor([3, 0, 3]), torch.tensor([[1.0], [2.0], [4.0]]))
-    assert (unique.tolist(), sums.tolist()) == ([0, 3], [[2.0], [5.0]])
-
-
-def test_a_table_steps_like_adam_on_the_rows_it_touched():
-    table = ToyTable(5, 2)
-    table.reset(torch.Generator().manual_seed(0))
-    before = table.values.clone()
-    rows = torch.tensor([1, 3])
-    reference = torch.nn.Parameter(before[rows].clone())
-    adam = torch.optim.Adam([reference], lr=0.01, betas=(0.9, 0.95), eps=1e-8)
-    for step in range(1, 4):
-        reference.grad = torch.randn(2, 2)
-        table.step(rows, reference.grad, 0.01, 0.9, 0.95, 1e-8, step)
-        adam.step()
-    assert_close(table.values[rows], reference.detach(), "forms", torch.float32)
-    assert same_bytes(table.values[[0, 2, 4]], before[[0, 2, 4]])
-    table.zero_moments(rows)
-    assert not table.m.any()
-    assert not table.steps.any()
-
-
-def test_a_loaded_model_finds_its_tables_and_addresses(tmp_path: Path):
-    from models.folder import load_weights, save_weights
-
-    case = next(case for case in MODELS if case.name == "model-everything")
-    one, two = case.build(), case.build(seed=8)
-    save_weights(one, tmp_path)
-    load_weights(two, tmp_path)
-    assert state_hash(one) == state_hash(two)
-    one(random_batch(2, 5)).losses["lm"].backward()
-    assert {name.split(".")[1] for name in gradients(one) if name.endswith("table")} == {"1", "2"}
-
-
-# -- the summary
-
-
-def test_the_summary_adds_up():
-    case = next(case for case in MODELS if case.name == "model-everything")
-    model = case.build()
-    said = summary(model, 64, torch.float32)
-    assert said == summary(case.config(), 64, torch.float32), "weights are not needed"
-    cost = model.cost(64)
-    assert f"parameters  {cost.params:,} (" in said
-    assert f"{cost.active_params:,} active per token" in said
-    assert f"{cost.state_bytes} B per sequence after 64 tokens in float32" in said
-    rows = [line.split() for line in said.splitlines() if line.startswith(("0 ", "1 ", "2 "))]
-    assert [r[0] for r in rows] == ["0", "1", "2"]
-    assert "attention heads=2 window=4" in said
-
-
-def test_the_summary_folds_equal_layers():
-    said = summary(
-        model_config(raw(n_layers=48, pattern=["a", "a", "b"], blocks={"a": raw()["blocks"]["a"], "b": {}})), 32
-    )
-    assert "\n0-1,3-4,..,45-46  mixer " in said
-    assert "32 layers" in said
-    short = summary(model_config(raw(at={2: {"channel": {"hidden": 4}}})), 32)
-    assert "\n0-1,3 " in short
-    assert "\n2 " in short
-
-
-def test_the_summary_of_a_large_model_takes_no_memory():
-    block = {"mixer": {"kind": "attention", "heads": 48, "kv_heads": 8}, "channel": {"kind": "swiglu"}}
-    cfg = model_config({"d_model": 6144, "n_layers": 60, "vocab_size": 128000, "blocks": {"a": block}})
-    D, layer = 6144, 6144 * (48 + 2 * 8 + 48) * 128 + 3 * 6144 * 16384 + 2 * 6144
-    assert f"parameters  {128000 * D + 60 * layer + D:,} (" in summary(cfg, 8192)
-
-
-def write_run(path: Path, **data: Any) -> str:
-    import yaml
-
-    config = raw()
-    config.pop("vocab_size")
-    path.write_text(yaml.safe_dump({"model": config, "data": data}))
-    return str(path)
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = write_run(tmp_path / "run.yaml", seq_len=99)
-    assert main([run, "model.n_layers=2", "--dtype", "fp32"]) == 0
-    said = capsys.readouterr().out
-    assert "after 99 tokens in float32" in said
-    assert f"{BYTES_VOCABULARY * 8:,}" in said
-    bpe = write_run(tmp_path / "bpe.yaml", tokenizer={"kind": "bpe", "vocab_size": 300})
-    assert main([bpe, "--seq-len", "8"]) == 0
-    assert f"{300 * 8:,}" in capsys.readouterr().out
-    file = write_run(tmp_path / "file.yaml", tokenizer={"kind": "file", "path": "x"})
-    bad = {
-        (file,): "give model.vocab_size=N",
-        (str(tmp_path / "rnu.yaml"),): "did you mean 'run.yaml'?",
-        (run, "model.n_layer=3"): "unknown key 'model.n_layer'; did you mean 'n_layers'?",
-        (run, "model="): "no 'model' section",
-        (run, "--seq-len", "0"): "--seq-len must be at least 1",
-        (run, "model.blocks.a.mixer.kind=tests.toys:ToyEMA"): "allow it with --allow-foreign",
-    }
-    for arguments, expected in bad.items():
-        assert main(list(arguments)) == 2
-        printed = capsys.readouterr()
-        assert not printed.out
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1
-        assert expected in printed.err
-    assert main([file, "model.vocab_size=50"]) == 0
-
-
-def test_the_command_agrees_with_the_tokenizers():
-    from data.tokenizer import ByteTokenizer
-
-    assert ByteTokenizer().vocab_size == BYTES_VOCABULARY
-    assert TokenizerConfig().kind == "bytes"
-    assert TokenizerConfig(kind="bpe").vocab_size == 8192
-
-
-def test_the_command_runs_as_a_module(tmp_path: Path):
-    run = write_run(tmp_path / "run.yaml")
-    done = subprocess.run([sys.executable, "-m", "models", run], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("layers")

@@ -167,6 +167,17 @@ def test_damaged_newest_checkpoint(stopped: Path, uninterrupted: Path, name: str
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000010", "step_00000012"]
 
 
+def test_a_damaged_checkpoint_does_not_count_as_kept(stopped: Path, uninterrupted: Path):
+    """With one to keep, the good one of step 7 stays although a damaged one of step 8 looks newer."""
+    run = _copy(stopped, "keep-one")
+    _flip(run / "checkpoints" / "step_00000008" / "model.safetensors")
+    changes = ["train.keep=1", "train.save_every=7"]
+    assert train("--resume", run, *changes, fault=Fault(IN_STEP, 3)).code == -signal.SIGKILL
+    assert steps_saved(run) == [7]
+    assert train("--resume", run).code == 0
+    assert_same_run(run, uninterrupted, STEPS)
+
+
 def test_no_usable_checkpoint(stopped: Path):
     run = _copy(stopped, "all-damaged")
     for step in (6, 8):

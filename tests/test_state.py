@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ class Archive:
 
 class Mixed(NamedTuple):
     s: Tensor
-    archive: object
+    archive: Any
     nothing: None = None
 
 

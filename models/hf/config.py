@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from models.channels.mlp import SwiGLU, SwiGLUConfig
-from models.config import BlockConfig, ModelConfig
+from models.channels.mlp import SwiGLU
+from models.config import ModelConfig, model_config
 from models.errors import UserError, nearest
 from models.lm import LM
 from models.mixers.attention import Attention, AttentionConfig
@@ -88,17 +88,20 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     if values["hidden_act"] not in ("silu", "swish"):
         raise _refuse("hidden_act", values["hidden_act"], "silu")
     windows = _windows(kind, values)
-    blocks = {_block_name(window): _block(values, window) for window in windows}
-    return ModelConfig(
-        d_model=values["hidden_size"],
-        n_layers=values["num_hidden_layers"],
-        vocab_size=values["vocab_size"],
-        max_seq_len=values["max_position_embeddings"],
-        blocks=blocks,
-        pattern=_shortest_period([_block_name(window) for window in windows]) if len(blocks) > 1 else (),
-        norm_eps=float(values["rms_norm_eps"]),
-        tied=bool(values["tie_word_embeddings"]),
-        init_std=float(values["initializer_range"]),
+    names = ["full" if window is None else "local" for window in windows]
+    return model_config(
+        {
+            "d_model": values["hidden_size"],
+            "n_layers": values["num_hidden_layers"],
+            "vocab_size": values["vocab_size"],
+            "max_seq_len": values["max_position_embeddings"],
+            "blocks": {name: _block(values, window) for name, window in zip(names, windows, strict=True)},
+            "pattern": _shortest_period(names) if len(set(names)) > 1 else (),
+            "norm_eps": values["rms_norm_eps"],
+            "tied": values["tie_word_embeddings"],
+            "init_std": values["initializer_range"],
+        },
+        "config.json, read as a model",
     )
 
 
@@ -108,35 +111,40 @@ def _refuse(name: str, value: Any, supported: str = "") -> UserError:
     )
 
 
-def _block(values: dict[str, Any], window: int | None) -> BlockConfig:
-    return BlockConfig(
-        mixer=AttentionConfig(
-            heads=values["num_attention_heads"],
-            kv_heads=values["num_key_value_heads"],
-            head_dim=values["head_dim"],
-            window=window,
-            rope_theta=_rope_theta(values),
-            qk_norm=values["model_type"] == "qwen3",
-            bias=bool(values.get("attention_bias")),
-            dropout=float(values["attention_dropout"]),
-        ),
-        channel=SwiGLUConfig(hidden=values["intermediate_size"], bias=bool(values.get("mlp_bias"))),
-    )
+def _block(values: dict[str, Any], window: int | None) -> dict[str, Any]:
+    mixer = {
+        "kind": "attention",
+        "heads": values["num_attention_heads"],
+        "kv_heads": values["num_key_value_heads"],
+        "head_dim": values["head_dim"],
+        "window": window,
+        "rope_theta": _rope_theta(values),
+        "qk_norm": values["model_type"] == "qwen3",
+        "bias": values.get("attention_bias", False),
+        "dropout": values["attention_dropout"],
+    }
+    channel = {"kind": "swiglu", "hidden": values["intermediate_size"], "bias": values.get("mlp_bias", False)}
+    return {"mixer": mixer, "channel": channel}
 
 
-def _rope_theta(values: dict[str, Any]) -> float:
+def _rope_theta(values: dict[str, Any]) -> Any:
     """Of the older ``rope_theta`` + ``rope_scaling`` or the newer ``rope_parameters``; only the plain form is taken."""
     theta = values["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
         group = values[name] or {}
+        if not isinstance(group, dict):
+            raise _refuse(name, group, "a mapping")
         kind = group.get("rope_type", group.get("type", "default"))
         if kind != "default":
             raise _refuse(f"{name}.rope_type", kind, "default")
         for key, value in group.items():
             if key not in ("rope_type", "type", "rope_theta") and (key, value) != ("partial_rotary_factor", 1.0):
                 raise _refuse(f"{name}.{key}", value)
-        theta = group.get("rope_theta", theta)
-    return 10000.0 if theta is None else float(theta)
+        inner = group.get("rope_theta", theta)
+        if theta not in (None, inner):
+            raise _refuse("rope_theta", theta, f"{inner}, as in {name}")
+        theta = inner
+    return 10000.0 if theta is None else theta
 
 
 def _windows(kind: str, values: dict[str, Any]) -> list[int | None]:
@@ -160,10 +168,6 @@ def _windows(kind: str, values: dict[str, Any]) -> list[int | None]:
         if name not in ("full_attention", "sliding_attention") or (name == "sliding_attention" and window is None):
             raise _refuse("layer_types", name, "full_attention" + (", sliding_attention" if window else ""))
     return [window if name == "sliding_attention" else None for name in types]
-
-
-def _block_name(window: int | None) -> str:
-    return "full" if window is None else "local"
 
 
 def _shortest_period(names: list[str]) -> tuple[str, ...]:

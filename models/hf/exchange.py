@@ -11,7 +11,16 @@ import yaml
 
 from models.config import ModelConfig, model_config
 from models.errors import UserError, nearest
-from models.folder import MANIFEST, atomic_folder, load_model, load_state, save_weights
+from models.folder import (
+    MANIFEST,
+    atomic_folder,
+    load_model,
+    load_state,
+    load_tables,
+    save_tables,
+    save_weights,
+    write_tensors,
+)
 from models.hf import config as families
 from models.hf import weights
 from models.hf.tokenizer import export_tokenizer, import_tokenizer
@@ -72,11 +81,11 @@ def export_run(
         config |= ends
         if config["model_type"] == "loci":
             named = {f"{weights.PREFIX}{name}": tensor for name, tensor in model.state_dict().items()}
-            weights.save_tables(model, target)
+            save_tables(model, target)
             write_shim(target)
         else:
             named = weights.to_llama(model)
-        weights.write_tensors(named, target / "model.safetensors")
+        write_tensors(named, target / "model.safetensors")
         (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (target / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
     return config["architectures"][0]
@@ -154,7 +163,7 @@ def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> LM:
     stored = tensors.get("embed.weight", torch.empty(0)).dtype
     model = model.to(stored).to_empty(device="cpu")
     load_state(model, tensors, str(folder))
-    weights.load_tables(model, folder)
+    load_tables(model, folder)
     return model.eval()
 
 

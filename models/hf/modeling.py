@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from models.config import model_config
+from models.folder import load_tables, save_tables
 from models.hf.exchange import loci_config, write_shim
-from models.hf.weights import load_tables, save_tables
 from models.lm import LM, LMState
 from models.state import select_rows
 from models.types import Batch

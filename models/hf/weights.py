@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.errors import UserError, nearest
@@ -27,7 +27,6 @@ LAYER = {
     "channel.down": ("mlp.down_proj",),
 }
 PREFIX = "lm."  # of our own names inside the registered class
-TABLES = "tables.safetensors"
 DERIVED = re.compile(r"rotary_emb\.inv_freq$")  # stored by old checkpoints, follows from the config
 
 
@@ -108,29 +107,3 @@ def _files(folder: Path) -> Iterator[Path]:
     else:
         other = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
         raise UserError(f"no model.safetensors in {folder}{f' (found {other[0]})' if other else ''}")
-
-
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """One safetensors file as transformers wants it (its header says ``pt``). Raises OSError when the disk refuses."""
-    try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, str(file), metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{file.name}: {error}") from error
-
-
-def save_tables(model: LM, folder: Path) -> None:
-    """Row stores are no parameters, so they travel in a file of their own; nothing is written where there are none."""
-    entries = {f"{name}/{k}": t for name, table in model.tables().items() for k, t in table.state_dict().items()}
-    if entries:
-        write_tensors(entries, folder / TABLES)
-
-
-def load_tables(model: LM, folder: Path) -> None:
-    """What `save_tables` wrote; raises UserError for a table that is not there."""
-    stores = model.tables()
-    entries = load_file(str(folder / TABLES)) if stores and (folder / TABLES).is_file() else {}
-    for name, store in stores.items():
-        found = {k.rpartition("/")[2]: t for k, t in entries.items() if k.rpartition("/")[0] == name}
-        if not found:
-            raise UserError(f"{folder}: table '{name}' is missing")
-        store.load_state_dict(found)
