@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode [--out FILE]: ratios against peers, measured in one run."""
+"""python -m bench kernels|train|decode|eval [--out FILE]: ratios against peers, measured in one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import decode, kernels, train
+from bench import decode, evaluation, kernels, train
 from models.errors import UserError, guard
 from training.runlog import environment
 
@@ -41,6 +41,11 @@ def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, kernels.table(rows)
 
 
+def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    rows = [evaluation.measure(width, 4, args.pairs, batch=16) for width in (128, 256)]
+    return rows, evaluation.table(rows)
+
+
 @guard
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Ratios against peers in the same run: above 1, ours is faster.",
         epilog="example: python -m bench train --shapes 1M 8M --precisions fp32 --out bench/results/train-cpu.md",
     )
-    parser.add_argument("what", choices=("kernels", "train", "decode"))
+    parser.add_argument("what", choices=("kernels", "train", "decode", "eval"))
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all of this device")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
@@ -59,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows, text = {"train": run_train, "decode": run_decode, "kernels": run_kernels}[args.what](args)
+    benches = {"train": run_train, "decode": run_decode, "kernels": run_kernels, "eval": run_eval}
+    rows, text = benches[args.what](args)
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

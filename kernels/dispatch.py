@@ -62,20 +62,24 @@ def no_triton(device: torch.device) -> str | None:
     return None
 
 
-@torch._dynamo.assume_constant_result
 def choose(op: str, device: torch.device, why_not: Callable[[], str | None] | None) -> str:
     """-> "triton" or "reference". ``why_not`` says why this op's kernel cannot take these arguments (None: it can);
-    ``why_not=None``: the op has no Triton form. Under torch.compile this runs once, while tracing."""
+    ``why_not=None``: the op has no Triton form, and every setting runs its reference. Under torch.compile this runs once,
+    while tracing. Raises KernelUnavailable for an explicit choice that cannot be met."""
     reason = "it has no Triton form" if why_not is None else no_triton(device) or why_not()
     wanted = setting()
-    if wanted == "triton" and reason:
+    if wanted == "triton" and reason and why_not is not None:
         raise KernelUnavailable(f"{op}: no Triton kernel: {reason}")
     backend = "reference" if wanted == "reference" or reason else "triton"
-    if wanted == "auto" and reason and op not in reasons:
+    if wanted != "reference" and reason and op not in reasons:
         reasons[op] = reason
         _log.info("%s: reference form, because %s", op, reason)
     counts[op, backend] += 1
     return backend
+
+
+# What torch._dynamo.assume_constant_result does, without importing the compiler (a second and a half) for every command.
+choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def report() -> dict[str, dict[str, object]]:

@@ -44,6 +44,8 @@ class ModelConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.norm_bias and self.norm == "rmsnorm":
+            raise UserError("norm_bias: an rmsnorm has no bias; norm=layernorm does")
         if not self.blocks:
             raise UserError("blocks: at least one named block is needed")
         if self.learned_positions and self.max_seq_len < 1:

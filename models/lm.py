@@ -31,6 +31,7 @@ from models.types import (
     build_norm,
     normal_,
     reset_norm,
+    segment_ids,
 )
 
 
@@ -129,11 +130,12 @@ class LM(nn.Module):
         h, new_state, aux = self.features(batch, state, donate=donate)
         losses = self._mean_over_layers(aux.losses)
         if batch.targets is not None:
+            mask = batch.loss_mask if batch.loss_mask is not None else batch.valid
             count: Any = denom
             if count is None:
-                count = batch.targets.numel() if batch.loss_mask is None else batch.loss_mask.sum().clamp(min=1)
-            mask = None if batch.loss_mask is None else batch.loss_mask.flatten()
-            nll = linear_cross_entropy(h.flatten(0, -2), self.head_weight, batch.targets.flatten(), mask)
+                count = batch.targets.numel() if mask is None else mask.sum().clamp(min=1)
+            keep = None if mask is None else mask.flatten()
+            nll = linear_cross_entropy(h.flatten(0, -2), self.head_weight, batch.targets.flatten(), keep)
             losses = {"lm": nll / count, **losses}
         want = logits if logits != "auto" else ("none" if batch.targets is not None else "all")
         return Output(losses, self.logits(h, batch.valid, want), new_state, aux.stats, aux.writes)
@@ -361,17 +363,14 @@ def _positions(batch: Batch) -> Tensor:
     return (flat - batch.cu_seqlens.long()[segment]).view_as(batch.tokens)
 
 
-def segment_ids(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
-    """cu_seqlens [S+1] over the flattened B*T -> the segment of each token [B, T]."""
-    flat = torch.arange(batch * seq_len, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].long(), flat, right=True).view(batch, seq_len)
-
-
 _SELECTIONS = {
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.default,
     torch.ops.aten.sort.stable,
     torch.ops.aten.argmax.default,
+    torch.ops.aten.argmin.default,
+    torch.ops.aten.max.dim,
+    torch.ops.aten.min.dim,
     torch.ops.aten.argsort.default,
     torch.ops.aten.argsort.stable,
     torch.ops.aten.multinomial.default,

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [B, T]
     targets: Tensor | None = None  # [B, T], the token to predict at each position
-    loss_mask: Tensor | None = None  # [B, T], which targets count
+    loss_mask: Tensor | None = None  # [B, T], which targets count; default: the valid ones
     positions: Tensor | None = None  # [B, T], restarting at each document
     cu_seqlens: Tensor | None = (
         None  # int32 [S+1] over the flattened B*T, row ends included, padded with empty segments
@@ -254,6 +254,12 @@ def normal_(p: Tensor, std: float, generator: torch.Generator) -> None:
             p.normal_(0.0, std, generator=generator)
         else:
             p.copy_(torch.empty(p.shape, dtype=p.dtype, device=generator.device).normal_(0.0, std, generator=generator))
+
+
+def segment_ids(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
+    """cu_seqlens [S+1] over the flattened B*T -> the segment of each token [B, T]."""
+    flat = torch.arange(batch * seq_len, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long(), flat, right=True).view(batch, seq_len)
 
 
 def count_params(module: nn.Module) -> int:

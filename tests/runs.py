@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -144,8 +145,7 @@ def train(*argv: str | Path, fault: Fault | None = None, ranks: int = 1, spy: tu
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"loci-test-{os.getpid()}-{time.monotonic_ns()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp())
     places = [(r, ranks, port) for r in range(ranks)]
     started = [context.Process(target=_child, args=(words, folder, fault, p, spy)) for p in places]
     for process in started:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -73,7 +74,9 @@ def record(rank: int, folder: Path) -> None:
         torch.save(seen, folder / f"rank-{rank}.pt")
         return save(run, done, model, optim, *rest)
 
-    Loader.next, Optimizer.step, LM.commit, command.checkpoint.save = taking, stepping, committing, saving
+    for owner, name, spy in ((Loader, "next", taking), (Optimizer, "step", stepping), (LM, "commit", committing)):
+        setattr(owner, name, spy)
+    command.checkpoint.save = saving
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,11 @@ def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """One rank, one rank with two micro-batches, two ranks; model memory, row stores and Muon included."""
     folder = tmp_path_factory.mktemp("trio")
     train_section = {"steps": STEPS, "val_every": STEPS, "save_every": STEPS, "sample_every": -1}
-    config = write_config(
-        folder, TOYS, train=train_section, optim={"muon": True, "clip": CLIP}, data={"packing": request.param}
-    )
+    model = json.loads(json.dumps(TOYS))
+    if request.param == "documents":  # a mean over valid tokens is not linear in the batch where rows are padded
+        model["blocks"]["ema"]["mixer"]["rate_weight"] = 0.0
+    optim = {"muon": True, "clip": CLIP}
+    config = write_config(folder, model, train=train_section, optim=optim, data={"packing": request.param})
     return {
         "one": watch(folder / "1", config, "name=one"),
         "micro": watch(folder / "2", config, "name=micro", "train.micro_batch=4"),

@@ -182,6 +182,7 @@ def test_muon_uses_the_splits_of_the_parts():
     twin, _ = build()
     backward(model, 0)
     qkv = model.get_parameter("layers.1.mixer.qkv.weight")
+    assert qkv.grad is not None
     g, start = qkv.grad.clone(), twin.get_parameter("layers.1.mixer.qkv.weight").detach()
     optim.set_lr(0.05)
     optim.step()

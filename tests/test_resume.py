@@ -46,6 +46,7 @@ def _variants() -> dict[str, tuple[dict, dict]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", _variants())
 def test_killed_at_random_moments(tmp_path: Path, variant: str):
     model, sections = _variants()[variant]
@@ -110,6 +111,7 @@ def test_sigterm_saves_and_resumes(stopped: Path, uninterrupted: Path):
     assert_same_run(run, uninterrupted, STEPS)
 
 
+@pytest.mark.slow
 def test_sigint_to_the_real_command(tmp_path: Path):
     """Ctrl-C as a user sends it: from outside, at no chosen moment."""
     config = write_config(tmp_path, {**PLAIN, "dropout": 0.1}, train={"steps": 60, "sample_every": -1})
