@@ -314,7 +314,9 @@ def check_judge(cfg: RunConfig) -> None:
 
 
 def judge(cfg: RunConfig, folder: Path) -> None:
-    """What the run's `eval` section asks for, on the finished run."""
+    """The last sample, and what the run's `eval` section asks for, on the finished run."""
+    if (folder / "samples.txt").is_file():
+        print("sample at step", (folder / "samples.txt").read_text(encoding="utf-8").rpartition("=== step ")[2])
     if cfg.eval.baselines:
         from eval.baselines import run_baselines, table
 

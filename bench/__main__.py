@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode|eval [--out FILE]: ratios against peers, measured in one run."""
+"""python -m bench kernels|train|decode|eval [--out FILE]: ratios against peers, measured in one run; bench readme: its tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import decode, evaluation, kernels, train
+from bench import decode, evaluation, kernels, readme, train
 from models.errors import UserError, guard
 from training.runlog import environment
 
@@ -25,7 +25,7 @@ def run_train(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     for shape in shapes:
         for precision in args.precisions:
             for mode in args.modes:
-                rows.append(train.measure(shape, precision, mode, args.pairs, args.device))
+                rows.append(train.measure(shape, precision, mode, args.pairs, args.device, args.rows))
                 print(train.table(rows[-1:]).splitlines()[-1], file=sys.stderr)
     return rows, train.table(rows)
 
@@ -53,15 +53,20 @@ def main(argv: list[str] | None = None) -> int:
         description="Ratios against peers in the same run: above 1, ours is faster.",
         epilog="example: python -m bench train --shapes 1M 8M --precisions fp32 --out bench/results/train-cpu.md",
     )
-    parser.add_argument("what", choices=("kernels", "train", "decode", "eval"))
+    parser.add_argument("what", choices=("kernels", "train", "decode", "eval", "readme"))
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all of this device")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--rows", type=int, help="rows in a training step; default: the shape's own")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table, and a .json beside it")
+    parser.add_argument("--run", type=Path, help="with readme: take the figures of this finished quick start first")
     args = parser.parse_args(argv)
+    if args.what == "readme":
+        readme.update(args.run)
+        return 0
     if args.threads:
         torch.set_num_threads(args.threads)
     benches = {"train": run_train, "decode": run_decode, "kernels": run_kernels, "eval": run_eval}

@@ -47,9 +47,9 @@ def peer_model(shape: str) -> Any:
     return LlamaForCausalLM(config)
 
 
-def tokens(shape: str, device: str) -> torch.Tensor:
-    _, _, _, _, vocab, seq_len, rows = {**SHAPES, **GPU_SHAPES}[shape]
-    return torch.randint(vocab, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+def tokens(shape: str, device: str, rows: int | None = None) -> torch.Tensor:
+    _, _, _, _, vocab, seq_len, usual = {**SHAPES, **GPU_SHAPES}[shape]
+    return torch.randint(vocab, (rows or usual, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def ours_step(model: LM, x: torch.Tensor, dtype: torch.dtype | None) -> Callable[[], None]:
@@ -81,10 +81,10 @@ def peer_step(model: Any, x: torch.Tensor, dtype: torch.dtype | None) -> Callabl
     return step
 
 
-def measure(shape: str, precision: str, mode: str, pairs: int, device: str) -> dict[str, Any]:
-    """One cell of the table: the peer's time over ours."""
+def measure(shape: str, precision: str, mode: str, pairs: int, device: str, rows: int | None) -> dict[str, Any]:
+    """One cell of the table: the peer's time over ours. ``rows`` per step: default, the shape's own."""
     dtype = torch.bfloat16 if precision == "bf16" else None
-    x = tokens(shape, device)
+    x = tokens(shape, device, rows)
     mine, theirs = build(ours_config(shape), device=device), peer_model(shape).to(device)
     own_params, peer_params = (sum(p.numel() for p in m.parameters()) for m in (mine, theirs))
     if own_params != peer_params:
@@ -95,7 +95,14 @@ def measure(shape: str, precision: str, mode: str, pairs: int, device: str) -> d
     ratio = alternate(
         ours_step(mine, x, dtype), peer_step(theirs, x, dtype), pairs, f"train {shape} {precision} {mode}", warmup=2
     )
-    row: dict[str, Any] = {"shape": shape, "params": own_params, "precision": precision, "mode": mode, "pairs": pairs}
+    row: dict[str, Any] = {
+        "shape": shape,
+        "params": own_params,
+        "rows": len(x),
+        "precision": precision,
+        "mode": mode,
+        "pairs": pairs,
+    }
     row |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
     if mode == "eager" and device == "cpu":
         row["peak_memory_ratio"] = memory(shape, precision, "ours") / memory(shape, precision, "peer")
@@ -123,13 +130,13 @@ def memory(shape: str, precision: str, whose: str) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| shape | parameters | precision | mode | speed ours / transformers (95 % interval) | pairs | peak memory ratio |",
+        "| parameters | rows | precision | mode | speed ours / transformers (95 % interval) | pairs | peak memory ratio |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         mem = f"{r['peak_memory_ratio']:.2f}" if "peak_memory_ratio" in r else "-"
         lines.append(
-            f"| {r['shape']} | {r['params']:,} | {r['precision']} | {r['mode']} "
+            f"| {r['params']:,} | {r['rows']} | {r['precision']} | {r['mode']} "
             f"| {r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}] | {r['pairs']} | {mem} |"
         )
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def summary(run: Path | str) -> dict[str, Any]:
     run = Path(run)
     config = run_config(run)
     metrics = read_metrics(run)
-    train = [m for m in metrics if "loss" in m]
+    train = [m for m in metrics if _finite(m.get("loss"))]
     val = [m for m in metrics if "val" in m]
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"run": run.resolve().name, "params": _params(config)}

@@ -27,6 +27,7 @@ from models.errors import UserError, nearest
 from models.lm import LM, meta_model
 
 MANIFEST = "manifest.json"
+NEWER = "written by a newer version of this program"
 TABLES = "tables.safetensors"
 FORMAT = 1  # of checkpoints; raised when an older reader could misread a newer file
 
@@ -62,7 +63,7 @@ def verify_folder(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
-            return f"format {manifest['format']} is newer than this program's {FORMAT}"
+            return f"{NEWER} ({manifest['format']}; this one reads {FORMAT})"
         for name, expected in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -182,6 +183,8 @@ def latest_checkpoint(run: Path, step: int | None = None) -> Path:
             raise UserError(f"{run}: no checkpoint of step {step}; there are: {steps or 'none'}")
     for path in reversed(found):
         why = verify_folder(path)
+        if why and why.startswith(NEWER):
+            raise UserError(f"{path}: {why}")
         if why is None:
             return path
         print(f"warning: checkpoint {path} is not whole: {why}; it is passed over", file=sys.stderr)

@@ -89,6 +89,13 @@ def test_the_example_part_signs_the_contract(tmp_path: Path) -> None:
     assert int(passed[1]) >= 10, done.stdout[-1000:]
 
 
+def test_tables_come_from_the_stored_results() -> None:
+    """`python -m bench readme` would change nothing."""
+    from bench.readme import render
+
+    assert render(TEXT) == TEXT
+
+
 def test_relative_links_and_files_exist() -> None:
     for name in re.findall(r"`((?:configs|models|kernels|data|training|eval|bench|tests)/[\w./-]+)`", TEXT):
         if name != "models/mixers/running_mean.py":

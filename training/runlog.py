@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -214,7 +215,7 @@ class RunLog:
         """One line of metrics.jsonl, flushed, and the same numbers to the other loggers."""
         line = {"step": step, "tokens": step * self.tokens_per_step, **values}
         try:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(_strict(line)) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
@@ -358,6 +359,15 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null, as strict readers want it."""
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Any:

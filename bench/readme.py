@@ -1,0 +1,84 @@
+"""The tables of the README, made from what runs and benches left under ``bench/results``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def summarize_run(run: Path) -> dict[str, Any]:
+    """What a finished quick start says of itself: text models on the same text, lm-eval results, cost."""
+    from eval.report import read_metrics
+
+    try:
+        baselines = json.loads((run / "eval" / "baselines.json").read_text())
+        environment = json.loads((run / "environment.json").read_text())
+        judged = [json.loads(p.read_text()) for p in sorted((run / "eval").glob("corpus_*.json"))]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run}: not a finished quick start ({error})") from error
+    metrics = read_metrics(run)
+    rates = [m["tokens_per_s"] for m in metrics if "tokens_per_s" in m]
+    steps = [m for m in metrics if "loss" in m]
+    return {
+        "device": environment["device"],
+        "threads": environment["threads"],
+        "torch": environment["versions"]["torch"],
+        "tokens": steps[-1]["tokens"],
+        "training_minutes": steps[-1]["tokens"] / (sum(rates) / len(rates)) / 60,
+        "bits_per_byte": {
+            "this model": baselines["ours"]["bpb"],
+            **{f"counts, {order} bytes of context": one["bpb"] for order, one in baselines["orders"].items()},
+            "xz -9e": baselines["xz"],
+        },
+        "lm_eval": judged[-1]["results"] if judged else {},
+    }
+
+
+def quickstart_table() -> str:
+    found = json.loads((RESULTS / "quickstart.json").read_text())
+    rows = sorted(found["bits_per_byte"].items(), key=lambda row: -row[1])
+    lines = ["| model of the validation text | bits per byte |", "| --- | --- |"]
+    lines += [f"| {f'**{name}**' if name == 'this model' else name} | {value:.3f} |" for name, value in rows]
+    lines += ["", "| lm-eval task from the same text | metric | value |", "| --- | --- | --- |"]
+    for task, values in found["lm_eval"].items():
+        for key, value in values.items():
+            metric, _, rest = key.partition(",")
+            if rest and isinstance(value, float) and not metric.endswith("_stderr"):
+                lines.append(f"| {task} | {metric} | {value:.3f} |")
+    cost = f"{found['tokens'] / 1e6:.1f}M tokens, {found['training_minutes']:.1f} minutes of training"
+    return "\n".join([*lines, "", f"({cost} on {found['threads']} threads of {found['device']}.)"])
+
+
+def ratio_table() -> str:
+    """One line per shape from the training benches, in fp32 without compilation."""
+    lines = [
+        "| training step, CPU, fp32, eager | speed ours / transformers' Llama | peak memory |",
+        "| --- | --- | --- |",
+    ]
+    for r in json.loads((RESULTS / "train-cpu.json").read_text())["rows"]:
+        if (r["precision"], r["mode"]) == ("fp32", "eager"):
+            interval = f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+            lines.append(f"| {r['params'] / 1e6:.1f}M parameters | {interval} | {r['peak_memory_ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    """The README with its tables replaced."""
+    tables = f"{BEGIN}\n{quickstart_table()}\n\n{ratio_table()}\n{END}"
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: tables, text, flags=re.DOTALL)
+
+
+def update(run: Path | None) -> None:
+    """Write the README; first take the figures of a finished quick start if one is given."""
+    if run is not None:
+        (RESULTS / "quickstart.json").write_text(json.dumps(summarize_run(run), indent=1) + "\n")
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
