@@ -53,6 +53,9 @@ def start(cwd, *arguments, code=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background inherits its being ignored
     )
 
 

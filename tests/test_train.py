@@ -271,7 +271,8 @@ def test_tiny(tmp_path: Path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small-tiny"
-    assert done.stdout == f"finished: {run}\n"
+    assert done.stdout.startswith("sample at step 2\n")
+    assert done.stdout.endswith(f"finished: {run}\n")
     cfg = schema.load(run / "config.yaml")
     assert (cfg.train.steps, cfg.model.d_model, cfg.data.seq_len, cfg.seed) == (2, 64, 48, 3)
     assert "traceEvents" in json.loads((run / "profile.json").read_text())
