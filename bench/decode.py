@@ -38,7 +38,7 @@ def measure(shape: str, context: int, pairs: int, device: str) -> dict[str, Any]
     def peer() -> None:
         for token in steps:
             theirs(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(context)
+        cache.crop(-len(steps))
 
     ratio = alternate(ours, peer, pairs, f"decode {shape} at {context}", warmup=2)
     state = nbytes(mine.init_state(1, context))

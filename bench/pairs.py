@@ -63,18 +63,21 @@ def summarize(ratios: list[float], resamples: int = 2000) -> Ratio:
 
 
 def peak_memory(code: str) -> int:
-    """Peak resident bytes of a fresh process that runs ``code``, above what its imports took.
+    """Peak resident bytes of a fresh process that runs ``code``, above what it held when ``code`` called ``mark()``.
 
-    ``code`` calls ``mark()`` once everything is imported.
+    Linux only: the high-water mark is reset at ``mark()``, so that what imports needed for a moment does not count.
     """
     prelude = (
-        "import resource, sys\n"
-        "def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "def field(name):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(x.split()[1]) for x in lines if x.startswith(name)) * 1024\n"
         "base = [0]\n"
-        "def mark(): base[0] = rss()\n"
+        "def mark():\n"
+        "    open('/proc/self/clear_refs', 'w').write('5')\n"
+        "    base[0] = field('VmRSS:')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"{prelude}{code}\nprint('peak', rss() - base[0])"],
+        [sys.executable, "-c", f"{prelude}{code}\nprint('peak', field('VmHWM:') - base[0])"],
         capture_output=True,
         text=True,
         check=True,

@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.types import ParamMeta, count_params, normal_
@@ -31,7 +32,7 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, M, D] -> (what the part reads [B, T, D], post [B, T, M], mix [B, T, M, M]); maps in at least fp32."""
         M = self.branches
-        flat = F.rms_norm(x.flatten(-2), (self.width,), eps=self.eps)
+        flat = F.rms_norm(rearrange(x, "b t m d -> b t (m d)"), (self.width,), eps=self.eps)
         raw = F.linear(flat, self.map.weight)
         wide = torch.float64 if raw.dtype == torch.float64 else torch.float32
         a = torch.cat([g.expand(n) for g, n in zip(self.gates.to(wide).unbind(), (M, M, M * M), strict=True)])

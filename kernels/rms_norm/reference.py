@@ -16,7 +16,17 @@ def whole(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Equal to ``whole``; the backward is written out: with n = x r and u = g w, dx = r (u - n mean(u n)), dw = sum(g n)."""
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> (the result, 1 / sqrt(mean(x^2) + eps))."""
+    wide = x.to(_wide(x))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+    return (wide * rstd).mul_(weight).to(x.dtype), rstd
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -26,11 +36,9 @@ def _wide(x: Tensor) -> torch.dtype:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_wide(x))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        y, rstd = _forward(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

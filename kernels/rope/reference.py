@@ -23,6 +23,8 @@ def whole(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> t
 
 def eager(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Equal to ``whole``: one buffer for q and k, and a backward that writes the gradient of the fused tensor in place."""
+    if not torch.is_grad_enabled():
+        return *_rotated(qkv, cos.to(qkv.dtype), sin.to(qkv.dtype), heads, kv_heads), qkv[:, :, heads + kv_heads :]
     return _SplitRotate.apply(qkv, cos, sin, heads, kv_heads)  # pyright: ignore[reportReturnType]
 
 
@@ -33,6 +35,13 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
 
 
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """-> q and k, parts of one new buffer."""
+    qk = qkv.new_empty(*qkv.shape[:2], heads + kv_heads, qkv.shape[-1])
+    _rotate_into(qk, qkv[:, :, : heads + kv_heads], cos, sin)
+    return qk[:, :, :heads], qk[:, :, heads:]
+
+
 class _SplitRotate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -41,9 +50,7 @@ class _SplitRotate(torch.autograd.Function):
         cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
         ctx.save_for_backward(cos, sin)
         ctx.heads = (heads, kv_heads, kv_heads)
-        qk = qkv.new_empty(*qkv.shape[:2], heads + kv_heads, qkv.shape[-1])
-        _rotate_into(qk, qkv[:, :, : heads + kv_heads], cos, sin)
-        return qk[:, :, :heads], qk[:, :, heads:], qkv[:, :, heads + kv_heads :].clone()
+        return *_rotated(qkv, cos, sin, heads, kv_heads), qkv[:, :, heads + kv_heads :].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -16,7 +16,9 @@ def whole(h: Tensor) -> Tensor:
 
 
 def eager(h: Tensor) -> Tensor:
-    """Equal to ``whole``; keeps only h for the backward."""
+    """Equal to ``whole``; keeps h and silu(gate) for the backward."""
+    if not torch.is_grad_enabled():
+        return whole(h)
     return _SwiGLU.apply(h)  # pyright: ignore[reportReturnType]
 
 
@@ -24,26 +26,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
-        if h.dtype == torch.bfloat16 or h.dtype == torch.float16:  # products of rounded factors would lose digits
-            ctx.save_for_backward(h)
-            return F.silu(gate).mul_(up)
-        sigmoid = gate.sigmoid()  # the only transcendental: silu and its derivative are products of it
-        ctx.save_for_backward(h, sigmoid)
-        return (gate * sigmoid).mul_(up)
+        silu = F.silu(gate)
+        ctx.save_for_backward(h, silu)
+        return silu * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        h, *rest = ctx.saved_tensors
+        h, silu = ctx.saved_tensors
         gate, up = h.chunk(2, dim=-1)
         out = torch.empty_like(h)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        if not rest:
-            torch.mul(F.silu(gate), grad, out=grad_up)
-            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-            return out
-        (sigmoid,) = rest
-        silu = gate * sigmoid
         torch.mul(silu, grad, out=grad_up)
-        slope = torch.addcmul(silu, sigmoid, silu, value=-1).add_(sigmoid)  # silu' = sigmoid + silu (1 - sigmoid)
-        torch.mul(slope.mul_(up), grad, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return out

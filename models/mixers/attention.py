@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.rope import rotate, split_rotate
@@ -55,6 +54,16 @@ class AttentionState(NamedTuple):
     v: Tensor  # [B, Hkv, S, K]
 
 
+class View(NamedTuple):
+    """Which keys the queries of one forward look at, for all attention layers of one window."""
+
+    mask: (
+        Tensor | None
+    )  # bool [B or 1, 1, T, S], every row has a True; None: every key, or every one up to the query's own
+    causal: bool
+    extent: int  # keys S
+
+
 class Attention(Part):
     Config = AttentionConfig
 
@@ -77,23 +86,23 @@ class Attention(Part):
         self, x: Tensor, ctx: Ctx, state: AttentionState | None = None, donate: bool = False
     ) -> tuple[Tensor, AttentionState | None, Aux]:
         q, k, v = self._heads(self.norm(x), ctx)
-        mask = ctx.shared[self._mask_key]
+        view: View = ctx.shared[self._view_key]
         if state is not None:
-            state, k, v = self._remember(state, k, v, ctx, donate, mask.shape[-1])
+            state, k, v = self._remember(state, k, v, ctx, donate, view.extent)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
-            is_causal=mask is None,
+            attn_mask=view.mask,
+            is_causal=view.causal,
             dropout_p=self.cfg.dropout if self.training else 0.0,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.out(rearrange(y, "B H T K -> B T (H K)")), state, Aux()
+        return self.out(y.transpose(1, 2).flatten(2)), state, Aux()
 
     def _heads(self, h: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> q [B, H, T, K], k and v [B, Hkv, T, K], normalised and rotated."""
-        qkv = rearrange(self.qkv(h), "B T (H K) -> B T H K", K=self.head_dim)
+        qkv = self.qkv(h).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, K]
         table = None if self.cfg.rope_theta is None else ctx.shared[self._rope_key]
         if table is not None and not self.cfg.qk_norm:
             q, k, v = split_rotate(qkv, table[0], table[1], self.heads, self.kv_heads)
@@ -112,22 +121,21 @@ class Attention(Part):
         return f"rope.{self.cfg.rope_theta}.{self.head_dim}"
 
     @property
-    def _mask_key(self) -> str:
-        return f"attention_mask.{self.cfg.window}"
+    def _view_key(self) -> str:
+        return f"attention_view.{self.cfg.window}"
 
     def shared(self) -> dict[str, Callable[[Ctx, Any], Any]]:
-        found: dict[str, Callable[[Ctx, Any], Any]] = {self._mask_key: self._mask}
+        found: dict[str, Callable[[Ctx, Any], Any]] = {self._view_key: self._view}
         if self.cfg.rope_theta is not None:
             found[self._rope_key] = lambda ctx, _: rope_table(ctx.positions, self.cfg.rope_theta, self.head_dim)
         return found
 
-    def _mask(self, ctx: Ctx, state: AttentionState | None) -> Tensor | None:
-        """None: plain causal. Otherwise bool [B or 1, 1, T, S], True where a query may look; every row has a True."""
+    def _view(self, ctx: Ctx, state: AttentionState | None) -> View:
         if state is not None:
-            return self._mask_with_state(ctx, state)
+            return self._view_of_state(ctx, state)
         window, T = self.cfg.window, ctx.tokens.shape[1]
         if ctx.cu_seqlens is None and ctx.valid is None and (window is None or window >= T):
-            return None
+            return View(None, True, T)
         index = torch.arange(T, device=ctx.tokens.device)
         age = index[:, None] - index[None, :]
         mask = (age >= 0)[None]
@@ -138,17 +146,25 @@ class Attention(Part):
         if ctx.cu_seqlens is not None:
             segment = ctx.shared["segments"]
             mask = mask & (segment[:, :, None] == segment[:, None, :])
-        return mask[:, None]
+        return View(mask[:, None], False, T)
 
-    def _mask_with_state(self, ctx: Ctx, state: AttentionState) -> Tensor:
-        slots = self._slot_positions(state, ctx)[:, None, :]
+    def _view_of_state(self, ctx: Ctx, state: AttentionState) -> View:
+        extent, T = self._extent(state, ctx), ctx.tokens.shape[1]
+        if ctx.valid is None and not self._is_ring(ctx) and _host_may_look(ctx):
+            last = ctx.positions[:, -1]
+            if bool((last == last[0]).all()):  # all rows are equally long: no mask where it would say nothing
+                if T == 1:
+                    return View(None, False, extent)
+                if int(last[0]) == T - 1:
+                    return View(None, True, extent)
+        slots = self._slot_positions(state, ctx, extent)[:, None, :]
         age = ctx.positions[:, :, None] - slots
         mask = (age >= 0) & (slots >= 0)
         if self.cfg.window is not None:
             mask = mask & (age < self.cfg.window)
         if ctx.valid is not None:  # an invalid query sees something, so that its softmax stays finite
             mask = mask | ~ctx.valid[:, :, None]
-        return mask[:, None]
+        return View(mask[:, None], False, mask.shape[-1])
 
     # -- decode state
 
@@ -162,7 +178,7 @@ class Attention(Part):
     def _extent(self, state: AttentionState, ctx: Ctx) -> int:
         """How many slots can be occupied. The host may only look where looking is free."""
         capacity = state.k.shape[2]
-        if ctx.positions.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _host_may_look(ctx):
             return capacity
         needed = max(int(ctx.positions.max()) + 1, 1)
         if needed > capacity and capacity != self.cfg.window:
@@ -173,9 +189,9 @@ class Attention(Part):
         """A ring overwrites what left the window: several tokens at once must see the old slots beside the new tokens."""
         return self.cfg.window is not None and ctx.tokens.shape[1] > 1
 
-    def _slot_positions(self, state: AttentionState, ctx: Ctx) -> Tensor:
+    def _slot_positions(self, state: AttentionState, ctx: Ctx, extent: int) -> Tensor:
         """Absolute position of each key that `_remember` returns, negative where there is none: [B, S]."""
-        size, extent = state.k.shape[2], self._extent(state, ctx)
+        size = state.k.shape[2]
         if not self._is_ring(ctx):
             return _ring_positions(_last(ctx), size)[:, :extent]
         new = ctx.positions if ctx.valid is None else ctx.positions.masked_fill(~ctx.valid, -1)
@@ -221,6 +237,11 @@ class Attention(Part):
         scores = 4 * self.heads * self.head_dim * keys
         state = 2 * self.kv_heads * self.head_dim * self._capacity(seq_len) * dtype.itemsize
         return Cost(params, params, matmul + scores, state)
+
+
+def _host_may_look(ctx: Ctx) -> bool:
+    """Reading a tensor's values waits for nothing on a CPU; a compiled graph must not depend on them."""
+    return ctx.positions.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _before(ctx: Ctx) -> Tensor:
