@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = environment()
+        about = environment() | {"command": ["python", "-m", "bench", *sys.argv[1:]]}  # without this machine's paths
         head = (
             f"`python -m bench {' '.join(sys.argv[1:])}` on {about['device']}, torch {about['versions']['torch']}\n\n"
         )
