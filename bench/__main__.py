@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = environment() | {"command": ["python", "-m", "bench", *sys.argv[1:]]}  # without this machine's paths
+        about: dict[str, Any] = environment()
+        about |= {"command": ["python", "-m", "bench", *sys.argv[1:]]}  # without this machine's paths
         head = (
             f"`python -m bench {' '.join(sys.argv[1:])}` on {about['device']}, torch {about['versions']['torch']}\n\n"
         )
