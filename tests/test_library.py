@@ -1,0 +1,120 @@
+"""`kernels.library.Op`: one forward and one backward, the same in eager code and in a compiled graph; and the chunk table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.library import Op, Tensors
+from kernels.segments import chunk_table, slots, whole_rows
+
+
+def _forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
+    x, w, h = tensors
+    assert x is not None
+    assert w is not None
+    product = x * w
+    y = product * options[0] + (0 if h is None else h)
+    return [y, y.sum(0), product]
+
+
+def _backward(
+    tensors: Tensors,
+    saved: Sequence[Tensor],
+    grads: Tensors,
+    needs: Sequence[bool],
+    options: Sequence[float],
+    backend: str,
+) -> Tensors:
+    x, w, h = tensors
+    assert x is not None
+    assert w is not None
+    assert torch.equal(saved[0], x * w)
+    total = sum((g.expand_as(x) for g in grads if g is not None), torch.zeros_like(x))
+    return [total * w * options[0], total * x * options[0] if needs[1] else None, None if h is None else total]
+
+
+def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
+    x = tensors[0]
+    assert x is not None
+    return [torch.empty_like(x), x.new_empty(x.shape[1:]), torch.empty_like(x)]
+
+
+toy = Op("toy", _forward, _backward, _fake, outputs=2)
+
+
+def _leaves() -> list[Tensor]:
+    return [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+def _twice(x: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    a, b = toy(x, w, h, options=(2,))
+    c, _ = toy(a, w, None, options=(3,))
+    return (c * c).sum() + b.sum()
+
+
+def test_the_gradient_is_that_of_the_backward():
+    x, w, h = _leaves()
+    assert torch.autograd.gradcheck(lambda x, w, h: toy(x, w, h, options=(2,)), (x, w, h))
+    assert torch.autograd.gradcheck(lambda x, h: toy(x, w.detach(), h, options=(2,)), (x, h))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_graph_is_whole_and_equal(frozen: bool):
+    x, w, h = _leaves()
+    if frozen:
+        w = w.detach()
+    leaves = [t for t in (x, w, h) if t.requires_grad]
+    want = torch.autograd.grad(_twice(x, w, h), leaves)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        got = torch.autograd.grad(torch.compile(_twice, fullgraph=True, backend=backend)(x, w, h), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_neither_autocast_nor_a_graph_reaches_inside():
+    seen = []
+
+    def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return [t.clone() for t in tensors if t is not None]
+
+    op = Op(
+        "toy_plain",
+        forward,
+        lambda t, s, g, n, o, b: g,
+        lambda t, o, b: [torch.empty_like(x) for x in t if x is not None],
+        1,
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        (y,) = op(torch.ones(2, requires_grad=True))
+    assert y.requires_grad
+    assert seen == [(False, False)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("lengths", [[5], [0, 3, 0, 0, 9, 16, 0], [0, 0], [1] * 7, [17, 4]], ids=str)
+def test_chunks_cover_every_row_once_in_order(lengths: list[int], size: int):
+    slack = 3
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    rows = int(cu[-1]) + slack
+    table = chunk_table(cu, rows, size)
+    assert len(table.rows) == slots(rows, len(lengths), size)
+    used = int(table.first[-1])
+    assert not table.rows[used:].any()
+    assert (table.segment[used:] == len(lengths)).all()
+    covered = []
+    for segment, start, count in zip(table.segment[:used], table.start[:used], table.rows[:used], strict=True):
+        assert 0 < count <= size
+        assert cu[segment] <= start
+        assert start + count <= cu[segment + 1]
+        covered += range(int(start), int(start + count))
+    assert covered == list(range(int(cu[-1])))
+    assert table.first.diff().tolist() == [-(-n // size) for n in lengths]
+
+
+def test_whole_rows():
+    assert whole_rows(3, 5, "cpu").tolist() == [0, 5, 10, 15]
