@@ -256,6 +256,13 @@ def normal_(p: Tensor, std: float, generator: torch.Generator) -> None:
             p.copy_(torch.empty(p.shape, dtype=p.dtype, device=generator.device).normal_(0.0, std, generator=generator))
 
 
+def uniform_(p: Tensor, low: float, high: float, generator: torch.Generator) -> None:
+    """U(low, high), drawn as `normal_` draws."""
+    with torch.no_grad():
+        drawn = torch.empty(p.shape, dtype=p.dtype, device=generator.device)
+        p.copy_(drawn.uniform_(low, high, generator=generator))
+
+
 def segment_ids(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
     """cu_seqlens [S+1] over the flattened B*T -> the segment of each token [B, T]."""
     flat = torch.arange(batch * seq_len, device=cu_seqlens.device)
