@@ -10,6 +10,7 @@ Per chunk of C rows, with the cumulative decay gamma_i = g_1 + ... + g_i inside 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -89,13 +90,13 @@ def backward(
     before = c.layout.scan(c.unfold(c.k.mT @ written), c.decay, c.state(h0)).flatten(-2)
     after = c.layout.scan(c.unfold(c.q.mT @ reads), c.decay, dstate, reverse=True).flatten(-2)
 
-    product, dproduct = c.q @ c.k.mT, c.weights(do @ c.v.mT)
+    weights = c.weights(c.q @ c.k.mT)
     dv_state = _times(c.rows(c.k @ after), c.to_end)
-    dv = (c.weights(product).mT @ do).add_(dv_state)
-    dq_state = reads @ before.mT
+    dv = (weights.mT @ do).add_(dv_state)
+    dweights, dq_state = do @ c.v.mT, reads @ before.mT
     dg = None
     if needs[3] and g is not None and c.decay is not None:
-        z = (dproduct * product.unsqueeze(2)).tril_(-1)  # the diagonal of P does not depend on the decay
+        z = (dweights * weights).tril_(-1)  # the diagonal of P does not depend on the decay
         if c.groups == 1:
             read = (dq_state * c.q).sum(-1).unsqueeze(2)
         else:
@@ -104,10 +105,10 @@ def backward(
         carried = (c.unfold(before) * c.unfold(after)).sum((2, 4)) * c.decay[:, :, 0, :, 0]
         dgamma = z.sum(-1) - z.sum(-2) + read - wrote
         dgamma[..., -1] += wrote.sum(-1) + carried
-        dg = dgamma.flip(-1).cumsum(-1).flip(-1).flatten(1, 2).unsqueeze(-1)
+        dg = (dgamma @ dgamma.new_ones(c.layout.size, c.layout.size).tril_()).flatten(1, 2).unsqueeze(-1)
         dg = c.layout.join(dg, torch.Size((*v.shape[:3], 1)), c.wide).squeeze(-1)
         dg = (dg.sum((0, 1)) if g.ndim == 1 else dg).to(g.dtype)
-    dproduct = dproduct.sum(2)
+    dproduct = c.weights(dweights).sum(2) if c.groups > 1 else c.weights(dweights).squeeze(2)
     dq = (dproduct @ c.k).add_(dq_state).mul_(options[0])
     dk = (dproduct.mT @ c.q).add_(written @ after.mT)
     return [
@@ -166,21 +167,21 @@ class _Chunks:
         return self.unfold(x).transpose(2, 3)
 
     def weights(self, product: Tensor) -> Tensor:
-        """A product of rows with rows, [N, H, C, C] or [N, H, G, C, C] -> the same times Gamma, [N, H, G or 1, C, C]."""
+        """A product of rows with rows, [N, H, C, C] or [N, H, G, C, C] -> the same times Gamma, [N, H, G or 1, C, C]; the
+        argument is overwritten where it has that shape."""
         product = product if product.ndim == 5 else product.unsqueeze(2)
         if self.gamma is None:
-            return product.tril()
-        return product * self._gamma_differences()
+            return product.tril_()
+        return product.mul_(self.decays) if self.groups == product.shape[2] else product * self.decays
 
-    def _gamma_differences(self) -> Tensor:
+    @cached_property
+    def decays(self) -> Tensor:
+        """Gamma [N, H, G, C, C]."""
         assert self.gamma is not None
-        if not hasattr(self, "_differences"):
-            shape = (*self.gamma.shape, self.layout.size)
-            differences = torch.empty(shape, dtype=self.wide, device=self.gamma.device)
-            torch.sub(self.gamma.unsqueeze(-1), self.gamma.unsqueeze(-2), out=differences)
-            above = torch.ones(shape[-2:], dtype=torch.bool, device=differences.device).triu_(1)
-            self._differences = differences.masked_fill_(above, float("-inf")).exp_()
-        return self._differences
+        gamma = torch.empty((*self.gamma.shape, self.layout.size), dtype=self.wide, device=self.gamma.device)
+        torch.sub(self.gamma.unsqueeze(-1), self.gamma.unsqueeze(-2), out=gamma)
+        above = torch.ones(gamma.shape[-2:], dtype=torch.bool, device=gamma.device).triu_(1)
+        return gamma.masked_fill_(above, float("-inf")).exp_()
 
     def state(self, state: Tensor | None) -> Tensor:
         """[S, HV, K, V] -> [S, H, K, G, V], sorted as the layout wants it; zeros for None."""

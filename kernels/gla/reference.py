@@ -111,7 +111,8 @@ def backward(
     if needs[3]:
         dgamma = (c.q * dq).addcmul_(c.k, dk, value=-1)  # the diagonal of P, not yet in dq and dk, does not depend on g
         dgamma[..., -1, :] += (c.k * dk_state).sum(-2) + torch.linalg.vecdot(before, after) * decay.squeeze(-1)
-        dg = c.layout.join(dgamma.flip(-2).cumsum(-2).flip(-2), g.shape, g.dtype)
+        later = dgamma.new_ones(c.layout.size, c.layout.size).triu_()
+        dg = c.layout.join(later @ dgamma, g.shape, g.dtype)
     same = torch.diagonal(dpairs, dim1=-2, dim2=-1).unsqueeze(-1)
     dq.addcmul_(same, c.k).mul_(options[0])
     dk.addcmul_(same, c.q)
