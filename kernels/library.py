@@ -41,7 +41,7 @@ class Op:
     def __call__(
         self, *tensors: Tensor | None, options: Sequence[float] = (), backend: str = "reference"
     ) -> tuple[Tensor, ...]:
-        options = [float(x) for x in options]
+        options = [float(x) for x in options] or [0.0]  # torch.library takes an empty list for one of tensors
         if torch.compiler.is_compiling():
             return tuple(self._traced(tensors, options, backend)[: self.outputs])
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
