@@ -103,12 +103,15 @@ class Op:
             ctx.save_for_backward(*tensors, *output[self.outputs :])
 
         def grad(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
-            tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            kept = ctx.saved_tensors
+            tensors, saved = kept[: ctx.count], kept[ctx.count :]
             own = [t.is_floating_point() and t.requires_grad for t in tensors]
             wanted = iter(own)
             needs = [p and next(wanted) for p in ctx.present]
-            given = [g is not None for g in grads[: self.outputs]]
-            arrived = [g for g in grads[: self.outputs] if g is not None]
+            given = [
+                g is not None and g.numel() > 0 for g in grads[: self.outputs]
+            ]  # an empty output was not asked for
+            arrived = [g for g, here in zip(grads, given, strict=False) if here and g is not None]
             found = iter(
                 traced_backward(
                     list(tensors), ctx.present, list(saved), arrived, given, needs, ctx.options, ctx.backend
@@ -132,7 +135,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved, tensors = ctx.saved_tensors[: ctx.saved], ctx.saved_tensors[ctx.saved :]
+        kept = ctx.saved_tensors  # once: under activation checkpointing every look unpacks
+        saved, tensors = kept[: ctx.saved], kept[ctx.saved :]
         needs = ctx.needs_input_grad[3:]
         if all(g is None for g in grads[: ctx.op.outputs]):
             return (None,) * (3 + len(tensors))

@@ -12,6 +12,12 @@ from models.types import Part, Site
 
 MIXERS = {
     "attention": "models.mixers.attention:Attention",
+    "linear_attention": "models.mixers.linear:LinearAttentionMixer",
+    "retnet": "models.mixers.linear:RetNetMixer",
+    "gla": "models.mixers.linear:GLAMixer",
+    "mamba2": "models.mixers.linear:Mamba2Mixer",
+    "delta": "models.mixers.linear:DeltaMixer",
+    "gated_delta": "models.mixers.linear:GatedDeltaMixer",
 }
 CHANNELS = {
     "swiglu": "models.channels.mlp:SwiGLU",

@@ -29,6 +29,58 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _part("mixer", "attention-nope-bias", {"kind": "attention", "heads": 2, "rope_theta": None, "bias": True}),
         _part("mixer", "attention-window1", {"kind": "attention", "heads": 2, "kv_heads": 1, "window": 1}),
     ],
+    ("mixer", "linear_attention"): [
+        _part("mixer", "linear_attention", {"kind": "linear_attention", "heads": 2}),
+        _part(
+            "mixer",
+            "linear_attention-paper",
+            {"kind": "linear_attention", "heads": 2, "normalize": True, "output_norm": False, "expand_v": 1.5},
+        ),
+        _part(
+            "mixer",
+            "linear_attention-identity",
+            {"kind": "linear_attention", "heads": 2, "feature_map": "identity", "conv": 3, "gate": True},
+        ),
+    ],
+    ("mixer", "retnet"): [
+        _part("mixer", "retnet", {"kind": "retnet", "heads": 2}),
+        _part(
+            "mixer", "retnet-nope", {"kind": "retnet", "heads": 2, "value_heads": 4, "head_dim": 6, "rope_theta": None}
+        ),
+    ],
+    ("mixer", "gla"): [
+        _part("mixer", "gla", {"kind": "gla", "heads": 2, "rank": 3}),
+        _part(
+            "mixer",
+            "gla-conv",
+            {"kind": "gla", "heads": 1, "value_heads": 2, "conv": 2, "gate": False, "temperature": 1},
+        ),
+    ],
+    ("mixer", "mamba2"): [
+        _part("mixer", "mamba2", {"kind": "mamba2", "head_dim": 8, "d_state": 6}),
+        _part(
+            "mixer", "mamba2-groups", {"kind": "mamba2", "head_dim": 4, "d_state": 3, "groups": 2, "conv_bias": False}
+        ),
+        _part(
+            "mixer",
+            "mamba2-bare",
+            {"kind": "mamba2", "head_dim": 8, "d_state": 4, "gate": False, "output_norm": False, "conv": 1},
+        ),
+    ],
+    ("mixer", "delta"): [
+        _part("mixer", "delta", {"kind": "delta", "heads": 2}),
+        _part(
+            "mixer", "delta-negative", {"kind": "delta", "heads": 1, "conv": 0, "allow_neg_eigval": True, "gate": True}
+        ),
+    ],
+    ("mixer", "gated_delta"): [
+        _part("mixer", "gated_delta", {"kind": "gated_delta", "heads": 2}),
+        _part(
+            "mixer",
+            "gated_delta-grouped",
+            {"kind": "gated_delta", "heads": 2, "value_heads": 4, "head_dim": 4, "expand_v": 1.5, "conv_bias": True},
+        ),
+    ],
     ("channel", "swiglu"): [
         _part("channel", "swiglu", {"kind": "swiglu", "hidden": 20}),
         _part("channel", "swiglu-bias", {"kind": "swiglu", "multiple_of": 8, "bias": True}),
@@ -95,6 +147,19 @@ MODELS = [
         },
         nonlinear=("balance", "spread"),
         other_flops=4 * 6 + 2 * 2 * 16,
+    ),
+    Case(
+        "model-hybrid",
+        model={
+            "n_layers": 4,
+            "blocks": {
+                "delta": {"mixer": {"kind": "gated_delta", "heads": 2}, "channel": _SWIGLU},
+                "ssm": {"mixer": {"kind": "mamba2", "head_dim": 8, "d_state": 4}},
+                "local": {"mixer": {**_ATTENTION, "window": 4}, "channel": _SWIGLU},
+                "nest": {"mixer": {"kind": "tests.toys:ToyNest", "inner": {"kind": "retnet", "heads": 1}}},
+            },
+            "pattern": ["delta", "ssm", "local", "nest"],
+        },
     ),
     Case(
         "model-branches",

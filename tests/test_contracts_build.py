@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import Batch, meta_model, zoo
 from models import state as states
 from models.mixers.attention import Attention
+from models.mixers.pieces import ShortConv
+from models.mixers.rules import Rule
 from models.types import ParamMeta, count_params
 from tests.cases import CASES, MODELS
 from tests.tools import (
@@ -55,18 +57,40 @@ def test_cost_counts_what_was_built(case: Case, T: int, dtype: torch.dtype):
 
 
 def test_cost_counts_the_flops(case: Case):
-    """Against the matrix products that run. Attention runs all T x T scores here; the formula counts causal ones."""
+    """Against the matrix products that run. Attention runs all T x T scores here; the formula counts causal ones. What
+    runs inside a rule or a short convolution depends on the form of its op; in its place, the rows that came in count with
+    what the recurrence itself needs for one."""
     T = 24
     model = case.build(torch.float32).eval()
+    rows: dict[str, int] = {}
+    forms = {f"LM.{name}": m for name, m in model.named_modules() if isinstance(m, (Rule, ShortConv))}
+    for name, form in forms.items():
+        form.register_forward_pre_hook(lambda _, args, name=name: rows.__setitem__(name, args[0].shape[:2].numel()))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(random_batch(1, T, targets=False))
+    found = counter.get_flop_counts()
+    inside = sum(sum(found[name].values()) for name in forms if name in found)
+    needed = sum(rows[name] * row_flops(form) for name, form in forms.items())
     future = 0
     for part in model.modules():
         if isinstance(part, Attention):
             seen = torch.ones(T, T).tril().triu(1 - (part.cfg.window or T)).sum()
             future += 4 * part.heads * part.head_dim * (T * T - int(seen))
-    expected = counter.get_total_flops() - future + case.other_flops * T
+    expected = counter.get_total_flops() - inside + needed - future + case.other_flops * T
     assert model.cost(T).flops_per_token * T == pytest.approx(expected, rel=case.flops_rtol)
+
+
+def row_flops(form: Rule | ShortConv) -> int:
+    """Of one row in the recurrent form: each product with the memory (or the filters) run once, and counted."""
+    if isinstance(form, ShortConv):
+        return 2 * form.weight.numel()
+    state = form.init_state(1, "cpu", torch.float32)[0]  # [HV, K, V']
+    key, value = state[:, :, :1], state[:, :1]
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(2 if form.erases else 1):  # the read of the query, and of the key before its value is replaced
+            torch.bmm(state.mT, key)
+        torch.bmm(key, value)
+    return counter.get_total_flops() + sum(2 * p.numel() for p in form.parameters() if p.ndim == 2)
 
 
 def test_meta_names_every_parameter_once(case: Case):
