@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,15 +63,19 @@ def test_cost_counts_the_flops(case: Case):
     what the recurrence itself needs for one."""
     T = 24
     model = case.build(torch.float32).eval()
-    rows: dict[str, int] = {}
+    rows: dict[nn.Module, int] = {}
+
+    def note(form: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows[form] = args[0].shape[:2].numel()
+
     forms = {f"LM.{name}": m for name, m in model.named_modules() if isinstance(m, (Rule, ShortConv))}
-    for name, form in forms.items():
-        form.register_forward_pre_hook(lambda _, args, name=name: rows.__setitem__(name, args[0].shape[:2].numel()))
+    for form in forms.values():
+        form.register_forward_pre_hook(note)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(random_batch(1, T, targets=False))
     found = counter.get_flop_counts()
     inside = sum(sum(found[name].values()) for name in forms if name in found)
-    needed = sum(rows[name] * row_flops(form) for name, form in forms.items())
+    needed = sum(rows[form] * row_flops(form) for form in forms.values())
     future = 0
     for part in model.modules():
         if isinstance(part, Attention):
