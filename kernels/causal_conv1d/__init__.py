@@ -1,0 +1,105 @@
+"""The short causal convolution before a linear-time mixer: each channel sees its own last W inputs, and no other segment's.
+
+y_t = act(b + sum_{i<W} w_i x_{t-W+1+i}) (Mamba, arXiv:2312.00752, section 3.4). Inputs from before a segment come from its state:
+the last W - 1 inputs, in time order, zeros where there was nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.causal_conv1d import reference
+from kernels.library import Op, Tensors
+
+ACTIVATIONS = (None, "silu")
+MAX_WIDTH = 8  # of the Triton form, whose loop over W is unrolled
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """x [B, T, C], weight [C, W], bias [C] -> (y [B, T, C] in the dtype of x, added in at least fp32; state or None).
+
+    States are [B, W-1, C], or [S, W-1, C] with ``cu_seqlens`` int [S+1], which cuts the B * T rows into segments (some may be
+    empty); rows past the last end give zeros. A final state has the dtype of the initial one, else that of x. ``activation``:
+    None or "silu". Raises ValueError for anything that does not fit.
+    """
+    b, t, channels = _check(x, weight, bias, activation)
+    if t == 0 or b == 0:
+        raise ValueError("no rows: B and T must be at least 1")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2):
+        raise ValueError("cu_seqlens must be integers [S + 1]")
+    segments = b if cu_seqlens is None else len(cu_seqlens) - 1
+    wanted = (segments, weight.shape[1] - 1, channels)
+    if initial_state is not None and initial_state.shape != wanted:
+        raise ValueError(f"initial_state must be {wanted}: {tuple(initial_state.shape)}")
+    backend = dispatch.choose("causal_conv1d", x.device, None)
+    options = (activation == "silu", output_final_state)
+    y, state = _op(x, weight, bias, initial_state, cu_seqlens, options=options, backend=backend)
+    return y, state if output_final_state else None
+
+
+def causal_conv1d_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    *,
+    activation: str | None = None,
+    index: Tensor | None = None,
+    donate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One more input for S of E states: x [B, S, C], state [B, E, W-1, C] -> (y [B, S, C], state).
+
+    ``index`` int [B, S] says which state slot s continues, -1: none (y = 0); those of one row are distinct. Without it S = E.
+    States that no slot continues keep their bytes. ``donate``: the result may be the passed state, overwritten (only where no
+    gradient is recorded).
+    """
+    _check(x, weight, bias, activation)
+    check_slots(x, state, index)
+    if state.shape[2:] != (weight.shape[1] - 1, weight.shape[0]):
+        raise ValueError(f"state must be [B, E, {weight.shape[1] - 1}, {weight.shape[0]}]: {tuple(state.shape)}")
+    dispatch.choose("causal_conv1d_step", x.device, None)
+    return reference.step(x, weight, bias, state, activation == "silu", index, donate and not torch.is_grad_enabled())
+
+
+def check_slots(x: Tensor, state: Tensor, index: Tensor | None) -> None:
+    """Raise ValueError unless x [B, S, ...], state [B, E, ...] and index [B, S] fit."""
+    if state.shape[0] != x.shape[0] or (index is None and state.shape[1] != x.shape[1]):
+        raise ValueError(f"states {tuple(state.shape[:2])} for slots {tuple(x.shape[:2])}")
+    if index is not None and (index.shape != x.shape[:2] or index.is_floating_point()):
+        raise ValueError(f"index must be integers {tuple(x.shape[:2])}: {index.dtype} {tuple(index.shape)}")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> torch.Size:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation '{activation}'; valid: {', '.join(map(str, ACTIVATIONS))}")
+    if x.ndim != 3 or weight.ndim != 2 or x.shape[2] != weight.shape[0] or weight.shape[1] < 1:
+        raise ValueError(f"expected x [., ., C] and weight [C, W], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be {tuple(weight.shape[:1])}: {tuple(bias.shape)}")
+    return x.shape
+
+
+def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
+    x, weight, _, initial, cu_seqlens = tensors
+    assert x is not None
+    assert weight is not None
+    segments = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    shape = (segments, weight.shape[1] - 1, x.shape[2]) if options[1] else (0,)
+    state = (x if initial is None else initial).new_empty(shape)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format), state]
+
+
+_op = Op("causal_conv1d", reference.forward, reference.backward, _fake, outputs=2)
