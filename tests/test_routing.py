@@ -163,8 +163,7 @@ def test_two_backwards_give_the_same_bytes():
 
 @pytest.mark.cuda
 def test_no_host_synchronisation():
-    x, o, w, _ = (t.cuda() if isinstance(t, Tensor) else t for t in _case(torch.float32))
-    x, o, w = (t.requires_grad_() for t in (x, o, w))
+    x, o, w = (t.cuda().requires_grad_() for t in _case(torch.float32)[:3])
     choice, valid = choices(2, 7, 4, 2).cuda(), (torch.rand(2, 7) < 0.8).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:

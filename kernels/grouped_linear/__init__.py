@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,22 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must have one dtype: {x.dtype} and {weight.dtype}")
-    backend = dispatch.choose("grouped_linear", x.device, None)
+    dtype = x.dtype
+    backend = dispatch.choose("grouped_linear", x.device, lambda: _why_not(dtype))
     (y,) = _op(x, weight, offsets, backend=backend)
     return y
+
+
+def _why_not(dtype: torch.dtype) -> str | None:
+    return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else f"x is {dtype}"
+
+
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.grouped_linear import triton
+
+    return triton
 
 
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
@@ -40,4 +54,10 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     return [x.new_empty(len(x), weight.shape[1])]
 
 
-_op = Op("grouped_linear", reference.forward, reference.backward, _fake, outputs=1)
+_op = Op(
+    "grouped_linear",
+    lambda *args: _form(args[-1]).forward(*args),
+    lambda *args: _form(args[-1]).backward(*args),
+    _fake,
+    outputs=1,
+)

@@ -10,7 +10,7 @@ segment is time; nothing is read by the host, and no sum depends on the order in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,12 @@ def route(
 
 def spread(x: Tensor, routes: Routes) -> Tensor:
     """x [B, T, ...] -> [N, ...]: each flat row is a copy of its token's."""
+    if not x.is_floating_point():
+        return x.flatten(0, 1)[routes.token]
     width = x.shape[2:]
     flat = x.reshape(x.shape[0] * x.shape[1], width.numel())
-    backend = dispatch.choose("spread", x.device, None)
+    dtype = x.dtype
+    backend = dispatch.choose("spread", x.device, lambda: _why_not(dtype))
     (y,) = _spread(flat, routes.token, routes.inv.flatten(0, 1), backend=backend)
     return y.view(len(routes.perm), *width)
 
@@ -83,11 +86,24 @@ def combine(o: Tensor, weight: Tensor, routes: Routes) -> Tensor:
     """o [N, ...], weight [B, T, S] -> [B, T, ...] in the dtype of o: each token's rows, weighted and added in at least fp32.
 
     Rows of invalid tokens count like others: give them weight 0 and finite values."""
-    backend = dispatch.choose("combine", o.device, None)
+    dtype = o.dtype
+    backend = dispatch.choose("combine", o.device, lambda: _why_not(dtype))
     inv = routes.inv.flatten(0, 1)
     flat = o.reshape(len(o), o.shape[1:].numel())
     (y,) = _combine(flat, weight.flatten(0, 1), routes.perm, inv, backend=backend)
     return y.view(*weight.shape[:2], *o.shape[1:])
+
+
+def _why_not(dtype: torch.dtype) -> str | None:
+    return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else f"the rows are {dtype}"
+
+
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.routing import triton
+
+    return triton
 
 
 def _fake_spread(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
@@ -104,5 +120,17 @@ def _fake_combine(tensors: Tensors, options: Sequence[float], backend: str) -> l
     return [o.new_empty(len(weight), o.shape[1])]
 
 
-_spread = Op("spread", reference.spread, reference.spread_backward, _fake_spread, outputs=1)
-_combine = Op("combine", reference.combine, reference.combine_backward, _fake_combine, outputs=1)
+_spread = Op(
+    "spread",
+    lambda *args: _form(args[-1]).spread(*args),
+    lambda *args: _form(args[-1]).spread_backward(*args),
+    _fake_spread,
+    outputs=1,
+)
+_combine = Op(
+    "combine",
+    lambda *args: _form(args[-1]).combine(*args),
+    lambda *args: _form(args[-1]).combine_backward(*args),
+    _fake_combine,
+    outputs=1,
+)

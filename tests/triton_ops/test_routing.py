@@ -13,10 +13,10 @@ LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("width", [(1,), (3, 8), (5, 300)], ids=str)
+@pytest.mark.parametrize("width", [(1,), (3, 8), (5, 210)], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 def test_equals_the_reference(width: tuple[int, ...], shared: bool, dtype: torch.dtype, device: torch.device):
-    B, T, k = 2, 37, 2
+    B, T, k = 2, 7 if len(width) > 1 else 37, 2
     choice = torch.rand(B, T, 4, device=device).topk(k).indices
     routes = route(choice, 4, shared=shared, valid=torch.rand(B, T, device=device) < 0.8)
     x, o = (torch.randn(*lead, *width, dtype=dtype, device=device) for lead in ((B, T), (len(routes.perm),)))
