@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.causal_conv1d import reference
 from kernels.library import Op, Tensors
+from kernels.memory_slots import check_slots
 
 ACTIVATIONS = (None, "silu")
 MAX_WIDTH = 8  # of the Triton form, whose loop over W is unrolled
@@ -72,14 +73,6 @@ def causal_conv1d_step(
         raise ValueError(f"state must be [B, E, {weight.shape[1] - 1}, {weight.shape[0]}]: {tuple(state.shape)}")
     dispatch.choose("causal_conv1d_step", x.device, None)
     return reference.step(x, weight, bias, state, activation == "silu", index, donate and not torch.is_grad_enabled())
-
-
-def check_slots(x: Tensor, state: Tensor, index: Tensor | None) -> None:
-    """Raise ValueError unless x [B, S, ...], state [B, E, ...] and index [B, S] fit."""
-    if state.shape[0] != x.shape[0] or (index is None and state.shape[1] != x.shape[1]):
-        raise ValueError(f"states {tuple(state.shape[:2])} for slots {tuple(x.shape[:2])}")
-    if index is not None and (index.shape != x.shape[:2] or index.is_floating_point()):
-        raise ValueError(f"index must be integers {tuple(x.shape[:2])}: {index.dtype} {tuple(index.shape)}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> torch.Size:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.library import Tensors
+from kernels.memory_slots import put, take
 from kernels.segments import whole_rows
 
 BLOCK = 1 << 17  # numbers in a block of rows: half a megabyte of fp32
@@ -148,26 +149,6 @@ def step(
         return y.to(x.dtype), state.copy_(after) if donate else after
     y = torch.where((index >= 0)[..., None], y, 0).to(x.dtype)
     return y, put(state, index, after, donate)
-
-
-def take(state: Tensor, index: Tensor) -> Tensor:
-    """state [B, E, ...], index [B, S] in [-1, E) -> [B, S, ...]; anything for -1."""
-    rows = torch.arange(len(index), device=index.device)[:, None]
-    return state[rows, index.clamp(min=0)]
-
-
-def put(state: Tensor, index: Tensor, new: Tensor, donate: bool) -> Tensor:
-    """The reverse: state with new [B, S, ...] in the places of ``index``; nothing for -1. ``donate``: written where it stands."""
-    if state.device.type == "cpu" and not torch.compiler.is_compiling():
-        b, s = (index >= 0).nonzero(as_tuple=True)
-        place, values = (b, index[b, s]), new[b, s]
-        return state.index_put_(place, values) if donate else state.index_put(place, values)
-    # Without a look at how many there are: every state asks which slot is for it.
-    asked = index[:, :, None] == torch.arange(state.shape[1], device=index.device)
-    found = take(new, asked.int().argmax(1))
-    hit = asked.any(1).view(*state.shape[:2], *(1,) * (state.ndim - 2))
-    result = torch.where(hit, found, state)
-    return state.copy_(result) if donate else result
 
 
 class _Heads(NamedTuple):

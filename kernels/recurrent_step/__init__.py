@@ -1,0 +1,52 @@
+"""One token of linear attention, with or without the delta rule, for each of many memories: what a decode step runs.
+
+    S' = exp(g) S,  u = v  or  beta (v - S'^T k),  S <- S' + k u^T,  o = scale S^T q
+
+(arXiv:2412.06464, eq. 10; without beta arXiv:2405.21060, section 6, and with a decay per key channel arXiv:2312.06635, eq. 3.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.memory_slots import check_slots
+from kernels.recurrent_step import reference
+from kernels.scan_arguments import check_like, check_scan
+
+
+def recurrent_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    index: Tensor | None = None,
+    qk_l2norm: bool = False,
+    donate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """q, k [B, S, H, K], v [B, S, HV, V], state [B, E, HV, K, V]: one token for S of E memories -> (o [B, S, HV, V], state).
+
+    ``g``: the logarithm of the decay, at most 0, [B, S, HV] or, per key channel, [B, S, H, K]; None: no decay. ``beta`` [B, S, HV]
+    makes it the delta rule; None: the plain sum. Value head j uses what belongs to head j // (HV / H). ``scale``: K^-1/2.
+    ``qk_l2norm``: q and k over their norm, with 1e-6 inside the root.
+    ``index`` int [B, S] says which memory slot s uses, -1: none (o = 0); those of one row are distinct. Without it S = E. Memories
+    that no slot uses keep their bytes. Computed in at least fp32; the state keeps its dtype. ``donate``: the result may be the
+    passed state, overwritten (only where no gradient is recorded). Raises ValueError for shapes that do not fit, TypeError for a
+    scale that is not a float.
+    """
+    scale = check_scan(q, k, v, scale, None, None)
+    check_slots(q, state, index)
+    if state.shape[2:] != (*v.shape[2:3], *k.shape[3:], *v.shape[3:]):
+        raise ValueError(
+            f"state must be [B, E, HV, K, V]: {tuple(state.shape)} beside k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    check_like("g", g, (tuple(v.shape[:3]), tuple(k.shape)))
+    check_like("beta", beta, (tuple(v.shape[:3]),))
+    dispatch.choose("recurrent_step", v.device, None)
+    donate = donate and not torch.is_grad_enabled()
+    return reference.step(q, k, v, state, g, beta, scale, index, qk_l2norm, donate)
