@@ -110,7 +110,7 @@ class ParamMeta:
     decay: bool = True
     optimizer: str = "auto"  # auto (Muon takes matrices when it is on) | adamw
     shard: str = "replicate"  # replicate | rows
-    splits: tuple[int, ...] = ()  # row counts of independent matrices stacked in dim 0: Muon treats them one by one
+    splits: tuple[int, ...] = ()  # row counts of independent matrices fused in dim -2: Muon treats them one by one
 
 
 class Cost(NamedTuple):

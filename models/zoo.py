@@ -18,6 +18,7 @@ MIXERS = {
     "mamba2": "models.mixers.linear:Mamba2Mixer",
     "delta": "models.mixers.linear:DeltaMixer",
     "gated_delta": "models.mixers.linear:GatedDeltaMixer",
+    "mom": "models.mixers.mom:MoM",
 }
 CHANNELS = {
     "swiglu": "models.channels.mlp:SwiGLU",

@@ -16,6 +16,10 @@ def _part(slot: str, name: str, part: dict[str, Any], **how: Any) -> Case:
     return Case(f"{slot}-{name}", slot, part, **how)
 
 
+def _mom(name: str, rule: dict[str, Any], **options: Any) -> Case:
+    return _part("mixer", name, {"kind": "mom", "rule": rule, **options}, nonlinear=("balance",))
+
+
 EMA = {"kind": "tests.toys:ToyEMA"}
 SLOTS_TOY = {"kind": "tests.toys:ToySlots"}
 BRANCHES_HASH = {"kind": "tests.toy_memory:ToyHashBranches"}
@@ -81,6 +85,14 @@ CASES: dict[tuple[str, str], list[Case]] = {
             {"kind": "gated_delta", "heads": 2, "value_heads": 4, "head_dim": 4, "expand_v": 1.5, "conv_bias": True},
         ),
     ],
+    ("mixer", "mom"): [
+        _mom("mom", {"kind": "gated_delta", "heads": 2}),
+        _mom("mom-one", {"kind": "gla", "heads": 1, "rank": 3}, top_k=1, shared=False, router_norm="none"),
+        _mom("mom-all", {"kind": "mamba2", "head_dim": 8, "d_state": 4}, memories=3, top_k=3),
+        _mom("mom-shared-kv", {"kind": "retnet", "heads": 2}, shared_kv=True),
+        _mom("mom-many", {"kind": "linear_attention", "heads": 2, "gate": True}, memories=8, shared=False),
+        _mom("mom-delta", {"kind": "delta", "heads": 1, "value_heads": 2, "conv": 2}, router_norm="none"),
+    ],
     ("channel", "swiglu"): [
         _part("channel", "swiglu", {"kind": "swiglu", "hidden": 20}),
         _part("channel", "swiglu-bias", {"kind": "swiglu", "multiple_of": 8, "bias": True}),
@@ -121,6 +133,7 @@ TOYS = [
 
 _ATTENTION = {"kind": "attention", "heads": 2}
 _SWIGLU = {"kind": "swiglu", "hidden": 12}
+_RETNET = {"kind": "retnet", "heads": 2}
 MODELS = [
     Case("model-llama", model={"blocks": {"a": {"mixer": {**_ATTENTION, "kv_heads": 1}, "channel": _SWIGLU}}}),
     Case(
@@ -160,6 +173,19 @@ MODELS = [
             },
             "pattern": ["delta", "ssm", "local", "nest"],
         },
+    ),
+    Case(
+        "model-mom",
+        model={
+            "n_layers": 3,
+            "blocks": {
+                "mom": {"mixer": {"kind": "mom", "rule": {"kind": "gated_delta", "heads": 2}}, "channel": _SWIGLU},
+                "local": {"mixer": {**_ATTENTION, "window": 4}},
+                "nest": {"mixer": {"kind": "tests.toys:ToyNest", "inner": {"kind": "mom", "rule": _RETNET}}},
+            },
+            "pattern": ["mom", "local", "nest"],
+        },
+        nonlinear=("balance",),
     ),
     Case(
         "model-branches",

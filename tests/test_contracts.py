@@ -16,6 +16,7 @@ from models.types import CommitInfo
 from tests.tools import (
     CAUSAL,
     Case,
+    Selections,
     assert_close,
     assert_same_gradients,
     gradients,
@@ -281,10 +282,12 @@ def test_bf16_is_close_to_fp32(case: Case, pure: bool):
     with torch.no_grad():
         for p in model.parameters():  # the same weights in both
             p.copy_(p.bfloat16())
-    reference = model(batch, logits="all")
+    with Selections() as selections:
+        reference = model(batch, logits="all")
     if pure:
         model.to(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
+    selections.imposing = True
+    with torch.autocast("cpu", torch.bfloat16, enabled=not pure), selections:
         out = model(batch, logits="all")
         h, state, _ = in_pieces(model, batch.tokens, [5, 1, 4], max_len=10)
     assert rel_err(out.logits, reference.logits) <= case.bf16

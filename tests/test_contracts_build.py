@@ -107,7 +107,7 @@ def test_meta_names_every_parameter_once(case: Case):
         assert isinstance(m, ParamMeta)
         assert m.role in ("matrix", "vector", "embedding", "table", "scalar")
         assert (m.optimizer, m.shard) in {(o, s) for o in ("auto", "adamw") for s in ("replicate", "rows")}
-        assert not m.splits or sum(m.splits) == p.shape[0]
+        assert not m.splits or sum(m.splits) == p.shape[-2]
         assert p.ndim >= 2 or (m.optimizer == "adamw" and not m.decay), f"{name}: vectors neither decay nor go to Muon"
     assert model.loss_weights.keys() >= case.build().train()(random_batch(1, 3)).losses.keys()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import LM, Batch, ModelConfig, model_config
@@ -206,3 +207,28 @@ def in_pieces(
         said.append(aux)
         start += n
     return torch.cat(outs, dim=1), state, said
+
+
+class Selections(TorchDispatchMode):
+    """Which of several a model selects (top-k over [B, T, N]), kept from one forward and imposed on others, whole or in
+    pieces: a selection jumps where two candidates are close, so only under the same one are two precisions comparable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self.imposing = False
+        self.calls, self.start = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.topk.default:
+            return func(*args, **(kwargs or {}))
+        if not self.imposing:
+            values, index = func(*args, **(kwargs or {}))
+            self.kept.append(index)
+            return values, index
+        x = args[0]
+        index = self.kept[self.calls % len(self.kept)][:, self.start : self.start + x.shape[1]]
+        self.calls += 1
+        if self.calls % len(self.kept) == 0:  # all selections of this piece: the next piece, or the first again
+            self.start = (self.start + x.shape[1]) % self.kept[0].shape[1]
+        return x.gather(-1, index), index
