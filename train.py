@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ import torch
 
 from configs import schema
 from configs.schema import RunConfig
-from data import Corpus, Loader, iterate_once, open_corpus, prepare
+from data import Corpus, Loader, Stream, Synthetic, open_corpus, prepare
+from eval import recall
 from eval.generate import sample_text
+from eval.validation import sentence, validate
 from models import LM, Batch, UserError, build, zoo
 from models.errors import guard
 from models.folder import run_config
@@ -67,8 +69,8 @@ from training.runlog import (
 
 def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) -> tuple[Path, bool]:
     """A whole run, from data to last checkpoint. -> (its folder, did it reach the last step?)"""
-    corpus = open_data(cfg, w, args.resume)
-    cfg = complete(cfg, corpus)
+    data = open_data(cfg, w, args.resume)
+    cfg = complete(cfg, data)
     t, d = cfg.train, cfg.data
     micro, accumulate = t.micro_batches(w.size)
     torch.manual_seed(cfg.seed + w.rank)  # dropout; weights and data order have generators of their own
@@ -80,13 +82,14 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
     optim = Optimizer(model, cfg.optim)
     interventions.freeze(optim, t.freeze)
     intervene = interventions.build(t.interventions)
-    packing = d.packing, d.max_docs_per_row
-    loader = Loader(corpus.train, corpus.tokenizer, d.seq_len, micro, cfg.seed, w.rank, w.size, *packing)
+    loader = open_loader(data, cfg, micro, w)
     dtype = autocast_dtype(t.precision, w.device, sum(p.numel() for p in model.parameters()))
     autocast = partial(torch.autocast, w.device.type, dtype, enabled=dtype is not None)
     if t.compile:
         model.compile()
-    dry_run(model, optim, autocast, random_batch(micro, d.seq_len, cfg.model.vocab_size, *packing), w)
+    packed = "stream" if isinstance(data, Synthetic) else d.packing
+    example = random_batch(micro, d.seq_len, cfg.model.vocab_size, packed, d.max_docs_per_row)
+    dry_run(model, optim, autocast, example, w)
 
     start, skipped = 0, 0
     if args.resume:
@@ -100,7 +103,7 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
             write_config(folder, to_dict(cfg))
             write_environment(folder)
     else:
-        folder = describe(cfg, w, corpus, model)
+        folder = describe(cfg, w, data, model)
     tokens_per_step = t.batch_size * d.seq_len
     log = RunLog(folder, t.steps, start, tokens_per_step, cfg.log, to_dict(cfg)) if w.is_main else None
     flops = 3 * model.cost(d.seq_len).flops_per_token
@@ -156,12 +159,17 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
             log.progress(done, {k: line[k] for k in ("loss", "lr", "tokens_per_s", "mfu") if k in line})
         with meter.paused():
             if done % t.every("val_every") == 0 or last:
-                found = validate(model, corpus, cfg, autocast, micro, w)
+                found = validate(model, data, cfg, autocast, micro, w)
                 if log:
                     log.write(done, {"val": found})
-                    log.say(f"step {done}: validation loss {found['loss']:.4f}, {found['bpb']:.4f} bits per byte")
-            if log and t.sample_every >= 0 and (done % t.every("sample_every") == 0 or last):
-                log.sample(done, sample_text(model, corpus.tokenizer, t.sample_prompt, t.sample_tokens, cfg.seed))
+                    log.say(f"step {done}: {sentence(found)}")
+            if (
+                log
+                and data.tokenizer is not None
+                and t.sample_every >= 0
+                and (done % t.every("sample_every") == 0 or last)
+            ):
+                log.sample(done, sample_text(model, data.tokenizer, t.sample_prompt, t.sample_tokens, cfg.seed))
             if done % t.every("save_every") == 0 or last or stopping:
                 position = {"loader": loader.state_dict(), "skipped": skipped, "config": to_dict(cfg)}
                 checkpoint.save(folder, done, model, optim, position, w, t.keep)
@@ -207,36 +215,13 @@ def readable(losses: dict[str, torch.Tensor], stats: dict[str, list[Stat]], w: W
     return {"loss": plain["lm"], "losses": plain, "stats": reduce_stats(stats, w)}
 
 
-@torch.no_grad()
-def validate(
-    model: LM, corpus: Corpus, cfg: RunConfig, autocast: Callable[[], Any], rows: int, w: World
-) -> dict[str, float]:
-    """Mean loss per target (nats), perplexity and bits per byte on the validation split: always the same tokens."""
-    d, limit = cfg.data, cfg.train.val_tokens or None
-    token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes())
-    sums = torch.zeros(3, dtype=torch.float64)
-    model.eval()
-    for fields in iterate_once(
-        corpus.val, corpus.tokenizer, d.seq_len, rows, d.packing, d.max_docs_per_row, w.rank, w.size, limit
-    ):
-        batch = as_batch(fields)
-        assert batch.targets is not None
-        with autocast():
-            nll = model(batch.to(w.device), denom=1.0).losses["lm"]
-        scored = batch.targets[batch.loss_mask]
-        sums += torch.tensor([nll.item(), len(scored), token_bytes[scored].sum().item()], dtype=torch.float64)
-    model.train()
-    nll, count, size = all_reduce(sums.to(w.device), w).tolist()
-    loss = nll / max(1, count)
-    bpb = nll / math.log(2) / max(1, size)
-    return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bpb": bpb, "tokens": int(count), "bytes": int(size)}
-
-
 # -- before the first step
 
 
-def open_data(cfg: RunConfig, w: World, resumed: str | None) -> Corpus:
-    """The run's corpus: the one it started with, or prepared now by rank 0 unless that was done before."""
+def open_data(cfg: RunConfig, w: World, resumed: str | None) -> Corpus | Synthetic:
+    """The run's synthetic task, or its corpus: the one it started with, or prepared now by rank 0 unless that was done before."""
+    if cfg.data.synthetic is not None:
+        return Synthetic(cfg.data)
     where, weights = on_main(partial(find_data, cfg, resumed), w)
     corpus = open_corpus(where, verify=resumed is not None)
     shards = [(source, weight) for (source, _), weight in zip(corpus.train, weights, strict=True)]
@@ -258,21 +243,32 @@ def find_data(cfg: RunConfig, resumed: str | None) -> tuple[str, list[float]]:
     return str(corpus.dir.resolve()), [weight for _, weight in corpus.train]
 
 
-def complete(cfg: RunConfig, corpus: Corpus) -> RunConfig:
+def open_loader(data: Corpus | Synthetic, cfg: RunConfig, rows: int, w: World) -> Stream:
+    """This rank's endless batches of ``rows`` rows."""
+    if isinstance(data, Synthetic):
+        return data.train(rows, cfg.seed, w.rank, w.size)
+    d = cfg.data
+    packing = d.packing, d.max_docs_per_row
+    return Loader(data.train, data.tokenizer, d.seq_len, rows, cfg.seed, w.rank, w.size, *packing)
+
+
+def complete(cfg: RunConfig, data: Corpus | Synthetic) -> RunConfig:
     """Fill in what only the data knows, and refuse what cannot work."""
-    size = corpus.tokenizer.vocab_size
-    model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or size)
-    if model.vocab_size < size:
-        raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {size} ids ({corpus.dir})"
+    model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or data.vocab_size)
+    if model.vocab_size < data.vocab_size:
+        whose = (
+            f"the task's {data.vocab_size} ids"
+            if isinstance(data, Synthetic)
+            else f"the tokenizer's {data.vocab_size} ids ({data.dir})"
         )
+        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than {whose}")
     if model.learned_positions and cfg.data.seq_len > model.max_seq_len:
         limit = f"model.max_seq_len={model.max_seq_len}"
         raise UserError(f"data.seq_len={cfg.data.seq_len} is longer than the learned positions, {limit}")
     return dataclasses.replace(cfg, model=model)
 
 
-def describe(cfg: RunConfig, w: World, corpus: Corpus, model: LM) -> Path:
+def describe(cfg: RunConfig, w: World, data: Corpus | Synthetic, model: LM) -> Path:
     """Make the run folder and write into it what the run is. Everything that can be refused was refused before."""
     text = summary(model, cfg.data.seq_len)
     say(w, text)
@@ -280,8 +276,9 @@ def describe(cfg: RunConfig, w: World, corpus: Corpus, model: LM) -> Path:
     def write() -> Path:
         folder = new_run_folder(cfg.out_dir, cfg.name)
         try:
-            write_description(folder, to_dict(cfg), text, {"dir": str(corpus.dir), "manifest": corpus.manifest})
-            corpus.tokenizer.save(folder / "tokenizer")
+            write_description(folder, to_dict(cfg), text, data.record())
+            if data.tokenizer is not None:
+                data.tokenizer.save(folder / "tokenizer")
         except (OSError, UserError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(f"cannot write {folder}: {error}") from error
@@ -314,7 +311,10 @@ def check_judge(cfg: RunConfig) -> None:
 
 
 def judge(cfg: RunConfig, folder: Path) -> None:
-    """The last sample, and what the run's `eval` section asks for, on the finished run."""
+    """The last sample, and what the run's `eval` section asks for, on the finished run; of a synthetic task its accuracy."""
+    if cfg.data.synthetic is not None:
+        print(recall.table(recall.evaluate(folder, device=cfg.train.device)))
+        return
     if (folder / "samples.txt").is_file():
         print("sample at step", (folder / "samples.txt").read_text(encoding="utf-8").rpartition("=== step ")[2])
     if cfg.eval.baselines:

@@ -93,6 +93,16 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self) -> None:
+        if self.data.synthetic is None:
+            return
+        if self.eval.tasks or self.eval.baselines:
+            raise UserError(
+                "eval.tasks and eval.baselines judge text; a run on data.synthetic always reports its accuracy"
+            )
+        if not self.train.val_tokens:
+            raise UserError("train.val_tokens=0 means all, and the rows of data.synthetic have no end: give a number")
+
 
 # What a resumed run may change; anything else would silently be another run.
 MAY_CHANGE = (
@@ -140,6 +150,7 @@ def shrink(cfg: RunConfig) -> RunConfig:
     """The same run, small enough for two steps in seconds on a CPU; nothing is judged at its end."""
     small = {"steps": 2, "batch_size": 4, "micro_batch": None, "compile": False}
     short = {"val_tokens": 2048, "sample_tokens": 16}
-    data = replace(cfg.data, seq_len=min(cfg.data.seq_len, 64))
+    task = cfg.data.synthetic and cfg.data.synthetic.tiny()
+    data = replace(cfg.data, seq_len=min(cfg.data.seq_len, 64), synthetic=task)
     train = replace(cfg.train, **small, **short)
     return replace(cfg, name=f"{cfg.name}-tiny", model=tiny(cfg.model), data=data, train=train, eval=EvalConfig())

@@ -6,6 +6,8 @@ from data.errors import DataError
 from data.loader import Loader, iterate_once
 from data.prepare import prepare
 from data.shards import Shards
+from data.stream import Stream
+from data.synthetic.feed import Synthetic
 from data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "Loader",
     "Shards",
     "SourceConfig",
+    "Stream",
+    "Synthetic",
     "Tokenizer",
     "TokenizerConfig",
     "iterate_once",

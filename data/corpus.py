@@ -30,6 +30,15 @@ class Corpus:
         """sha256 (hex) over the sources' content, the tokenizer, the split and the format."""
         return self.manifest["fingerprint"]
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    def record(self) -> dict:
+        """Where it is and what it is made of: plain JSON."""
+        return {"dir": str(self.dir), "manifest": self.manifest}
+
 
 def open_corpus(folder: str | Path, verify: bool = True) -> Corpus:
     """Open a prepared folder. `verify` also compares every byte with its checksum (about a second per gigabyte).

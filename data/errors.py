@@ -20,3 +20,16 @@ def nearest(word: str, options: Iterable[str], limit: int = 8) -> str:
         return f"did you mean {close[0]!r}?"
     more = ", ..." if len(known) > limit else ""
     return "there is: " + ", ".join(known[:limit]) + more
+
+
+def choose(what: str, value: str, options: Iterable[str]) -> None:
+    """Raise unless `value` is one of `options`."""
+    options = tuple(options)
+    if value not in options:
+        raise DataError(f"{what}: unknown value {value!r}; {nearest(str(value), options)}")
+
+
+def at_least(what: str, value: int, low: int) -> None:
+    """Raise unless `value` is an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise DataError(f"{what} must be an integer of at least {low}, got {value!r}")

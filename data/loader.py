@@ -5,10 +5,7 @@ them; so the position is a plain number that does not depend on W, and two ranks
 B batch rows, T places in a row.
 """
 
-import queue
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,9 +14,9 @@ from data.errors import DataError
 from data.packing import WINDOW_DOCUMENTS, WINDOW_ROWS, DocumentRows, Plan, StreamRows, pack, stream
 from data.randomness import permutation, uniform
 from data.shards import Shards
+from data.stream import Batch, Stream
 from data.tokenizer import Tokenizer
 
-Batch = dict[str, torch.Tensor | None]
 Row = tuple[Shards, Plan, int]
 _MIXTURE, _MIXTURE_BLOCK = 4, 4096
 _SUBSET = 5
@@ -156,40 +153,7 @@ class _Producer:
             cursor.place = (epoch, window, row)
 
 
-class _Prefetch:
-    """A thread that keeps a few (batch, position after it) ready; an exception takes the place of a batch."""
-
-    def __init__(self, producer: _Producer, depth: int):
-        self.ready: queue.Queue = queue.Queue(maxsize=depth)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(
-            target=self._run, args=(producer, self.ready, self.stop), daemon=True, name="loader"
-        )
-        self.thread.start()
-
-    @staticmethod
-    def _run(producer: _Producer, ready: queue.Queue, stop: threading.Event) -> None:
-        while not stop.is_set():
-            try:
-                item = (producer.next(), producer.position())
-            except BaseException as err:
-                item = (err, None)
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if item[1] is None:
-                return
-
-    def close(self) -> None:
-        self.stop.set()
-        if self.thread is not threading.current_thread():
-            self.thread.join()
-
-
-class Loader:
+class Loader(Stream):
     """Endless training batches of one rank (see `Collator` for their content).
 
     `batch_size` is rows per rank and call. A source's share of the rows is its weight; which source a row comes from
@@ -215,7 +179,7 @@ class Loader:
             raise DataError(
                 f"loader: needs a source, seed >= 0 and rank < world, got seed {seed}, rank {rank} of {world}"
             )
-        self._identity = {
+        identity = {
             "seed": seed,
             "seq_len": seq_len,
             "packing": packing,
@@ -231,51 +195,7 @@ class Loader:
             cursors.append(_Cursor(shards, order))
         collate = Collator(tokenizer, seq_len, packing, max_docs_per_row)
         weights = np.array([weight for _, weight in sources], dtype=np.float64)
-        self._producer = _Producer(cursors, weights, seed, collate, (batch_size, rank, world))
-        self._depth = prefetch
-        self._prefetch: _Prefetch | None = None
-        self._finalizer: Callable[[], object] = lambda: None
-        self._position = self._producer.position()
-
-    def next(self) -> Batch:
-        """The next batch of this rank."""
-        if self._depth <= 0:
-            batch = self._producer.next()
-            self._position = self._producer.position()
-            return batch
-        if self._prefetch is None:
-            self._prefetch = _Prefetch(self._producer, self._depth)
-            self._finalizer = weakref.finalize(self, self._prefetch.close)
-        batch, position = self._prefetch.ready.get()
-        if position is None:
-            self.close()
-            raise batch
-        self._position = position
-        return batch
-
-    def state_dict(self) -> dict:
-        """Where the row sequence stands after the last returned batch: plain JSON."""
-        return {"version": 1, **self._identity, "position": self._position}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from a state. Raises DataError if it belongs to other data, another seed or other row shapes."""
-        if state.get("version") != 1:
-            raise DataError(f"loader state: version {state.get('version')!r} is not known, 1 is")
-        for key, value in self._identity.items():
-            if state.get(key) != value:
-                raise DataError(
-                    f"loader state: {key} was {state.get(key)!r} and is now {value!r}; the row order depends on it"
-                )
-        self.close()
-        self._position = state["position"]
-        self._producer.seek(self._position)
-
-    def close(self) -> None:
-        """End the thread; the next `next` starts again after the last returned batch."""
-        self._finalizer()
-        self._prefetch = None
-        self._finalizer = lambda: None
-        self._producer.seek(self._position)
+        super().__init__(_Producer(cursors, weights, seed, collate, (batch_size, rank, world)), identity, prefetch)
 
 
 def iterate_once(

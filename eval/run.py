@@ -56,6 +56,11 @@ def open_run(
         run = _open_exported(path, where, kind, step)
     else:
         config = run_config(path)
+        task = (config.get("data") or {}).get("synthetic")
+        if task:
+            raise UserError(
+                f"{path}: trained on the task '{task.get('kind')}', which is no text; python -m eval.recall judges it"
+            )
         model, folder = load_model(path, where, kind, step)
         tokenizer = load_tokenizer(path / "tokenizer")
         found = int(folder.name.removeprefix("step_"))

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_model(raw: dict[str, Any], path: str) -> ModelConfig:
-    """The model of a run file's plain data; a vocabulary that is not given is taken from the tokenizer's settings."""
+    """The model of a run file's plain data; a vocabulary that is not given is taken from the data's settings."""
     if not isinstance(raw.get("model"), dict):
         raise UserError(f"'{path}': no 'model' section")
     model = dict(raw["model"])
@@ -62,6 +62,9 @@ def _seq_len(raw: dict[str, Any]) -> int:
 
 
 def _vocabulary(raw: dict[str, Any]) -> int:
+    synthetic = _section(_section(raw, "data"), "synthetic").get("vocab_size")
+    if isinstance(synthetic, int):
+        return synthetic
     tokenizer = _section(_section(raw, "data"), "tokenizer")
     kind, size = tokenizer.get("kind", "bytes"), tokenizer.get("vocab_size", 8192)
     if kind == "bytes":

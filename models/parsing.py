@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from models.errors import UserError, nearest
 def from_dict(cls: type, raw: Any, where: str = "") -> Any:
     """Build dataclass ``cls`` from a mapping; ``where`` is the dotted path used in error messages.
 
-    A field with ``metadata={"slot": "mixer"}`` holds the config of a part (chosen by its ``kind``) or null.
+    A field with ``metadata={"slot": "mixer"}`` holds the config of a part (chosen by its ``kind``) or null; one with
+    ``metadata={"kinds": f}`` a config of the class ``f(kind)``, or null.
     """
     if dataclasses.is_dataclass(raw) and isinstance(raw, cls):
         return raw
@@ -30,8 +31,11 @@ def from_dict(cls: type, raw: Any, where: str = "") -> Any:
         if key not in fields:
             raise UserError(f"unknown key '{_join(where, key)}'{nearest(key, fields)}")
         path = _join(where, key)
-        slot = fields[key].metadata.get("slot")
-        values[key] = _part(slot, value, path) if slot else _convert(hints[key], value, path)
+        slot, kinds = (fields[key].metadata.get(name) for name in ("slot", "kinds"))
+        if slot:
+            values[key] = _part(slot, value, path)
+        else:
+            values[key] = _tagged(kinds, value, path) if kinds else _convert(hints[key], value, path)
     for name, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if no_default and name not in values:
@@ -48,6 +52,12 @@ def _part(slot: str, raw: Any, where: str) -> Any:
     from models import zoo  # parts import the types of this room; only here does parsing need the parts
 
     return None if raw is None else zoo.parse(slot, raw, where)
+
+
+def _tagged(kinds: Callable[[str], type], raw: Any, where: str) -> Any:
+    if isinstance(raw, dict) and "kind" not in raw:
+        raise UserError(f"{where}: missing 'kind'")
+    return from_dict(kinds(raw["kind"]), raw, where) if isinstance(raw, dict) else raw
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
