@@ -19,8 +19,10 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/basedpyright
 
+# Triton kernels run on a CPU only in an interpreting process, and compile for a GPU only in another: two processes.
 unit: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal tests/triton_ops
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

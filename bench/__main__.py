@@ -1,4 +1,7 @@
-"""python -m bench kernels|train|decode|eval [--out FILE]: ratios against peers, measured in one run; bench readme: its tables."""
+"""python -m bench kernels|train|decode|eval [--out FILE]: ratios against peers, measured in one run; bench readme: its tables.
+
+`bench kernels --compile-only` measures nothing: it compiles every kernel configuration, and exits with 1 if one fails the gate.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import Any
 
 import torch
 
+from bench import compile as ahead
 from bench import decode, evaluation, kernels, readme, train
+from kernels.compilation import GATED, TARGETS
 from models.errors import UserError, guard
 from training.runlog import environment
 
@@ -46,6 +51,9 @@ def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, evaluation.table(rows)
 
 
+BENCHES = {"train": run_train, "decode": run_decode, "kernels": run_kernels, "eval": run_eval}
+
+
 @guard
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -62,6 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table, and a .json beside it")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="with kernels: ahead of time, for GPUs that are not here"
+    )
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help=f"with --compile-only: of {', '.join(TARGETS)}")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="with --compile-only; default: all that have kernels")
+    parser.add_argument("--sample", action="store_true", help=f"one configuration per kernel on targets but {GATED}")
     parser.add_argument("--run", type=Path, help="with readme: take the figures of this finished quick start first")
     args = parser.parse_args(argv)
     if args.what == "readme":
@@ -69,19 +83,24 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    benches = {"train": run_train, "decode": run_decode, "kernels": run_kernels, "eval": run_eval}
-    rows, text = benches[args.what](args)
+    failed: list[str] = []
+    if args.what == "kernels" and args.compile_only:
+        compiled = ahead.survey(args.targets, args.ops, args.sample)
+        rows, text, failed = ahead.rows(compiled), ahead.table(compiled), ahead.failures(compiled)
+    else:
+        rows, text = BENCHES[args.what](args)
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         about: dict[str, Any] = environment()
         about |= {"command": ["python", "-m", "bench", *sys.argv[1:]]}  # without this machine's paths
-        head = (
-            f"`python -m bench {' '.join(sys.argv[1:])}` on {about['device']}, torch {about['versions']['torch']}\n\n"
-        )
+        versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "triton"))
+        head = f"`python -m bench {' '.join(sys.argv[1:])}` on {about['device']}, {versions}\n\n"
         args.out.write_text(head + text + "\n")
         args.out.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
-    return 0
+    for line in failed:
+        print(f"fails the gate: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ whose tiles allow it use wgmma. Nothing here runs a kernel, and a process with T
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import multiprocessing
 import os
 import re
@@ -122,7 +124,10 @@ def _compile(target: str, op: str, index: int) -> Compiled:
     start = time.perf_counter()
     _pretend(target)
     try:
-        made = entry.kernel.warmup(*entry.args, grid=(1,), **entry.kwargs)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # where the compiler prints whole programs that it cannot assemble
+            made = entry.kernel.warmup(*entry.args, grid=(1,), **entry.kwargs)
     except Exception as error:  # the compiler raises errors of many kinds
         problem = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return known(problems=(problem,), seconds=time.perf_counter() - start)
