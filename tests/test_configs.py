@@ -26,7 +26,7 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_loads_and_summarises(path: Path):
-    """On the meta device at full size; a number of millions in the name is that of the parameters."""
+    """On the meta device at full size; a number at the end of the name is that of the parameters, "aN" of the active ones."""
     cfg = schema.load(path)
     assert cfg.name == path.stem
     assert path.read_text().startswith("# ")
@@ -37,8 +37,14 @@ def test_loads_and_summarises(path: Path):
     text = summary(model, cfg.data.seq_len)
     for kind in {part.cfg.kind for _, _, part in model.parts()}:
         assert kind in text
-    if named := re.search(r"-(\d+)m$", path.stem):
-        assert params / 1e6 == pytest.approx(float(named[1]), rel=0.12)
+    if named := re.search(r"-([\d.]+[mb])(?:-a([\d.]+[mb]))?$", path.stem):
+        assert params == pytest.approx(said(named[1]), rel=0.12)
+        assert model.cost(cfg.data.seq_len).active_params == pytest.approx(said(named[2] or named[1]), rel=0.12)
+
+
+def said(number: str) -> float:
+    """ "1.3b" -> 1.3e9."""
+    return float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -57,7 +63,7 @@ def test_two_steps(path: Path, tmp_path: Path):
 def test_a_saved_config_is_the_same_run(tmp_path: Path):
     """Resolved and saved, it reads back to the same settings."""
     for path in CONFIGS:
-        cfg = schema.load(path, ["train.steps=7", "model.at.1.mixer.window=64", "optim.betas=[0.8, 0.9]"])
+        cfg = schema.load(path, ["train.steps=7", "model.at.1.mixer=null", "optim.betas=[0.8, 0.9]"])
         text = yaml.safe_dump(to_dict(cfg), sort_keys=False)
         saved = tmp_path / "config.yaml"
         saved.write_text(text)

@@ -16,6 +16,13 @@ from models.parsing import to_dict
 LLAMA = {"mixer": {"kind": "attention", "heads": 4, "kv_heads": 2}, "channel": {"kind": "swiglu", "hidden": 48}}
 WINDOWED = {"mixer": {"kind": "attention", "heads": 4, "window": 6, "qk_norm": True}, "channel": {"kind": "gelu"}}
 HYBRID = {"blocks": {"full": LLAMA, "local": WINDOWED}, "pattern": ["full", "local"]}
+LINEAR = {
+    "blocks": {
+        "delta": {"mixer": {"kind": "gated_delta", "heads": 3}, "channel": {"kind": "relu2"}},
+        "retention": {"mixer": {"kind": "retnet", "heads": 2}},
+    },
+    "pattern": ["delta", "retention"],
+}
 LEARNED = {
     "blocks": {"a": {"mixer": {"kind": "attention", "heads": 4, "rope_theta": None}, "channel": {"kind": "relu2"}}},
     "learned_positions": True,

@@ -7,7 +7,7 @@ import torch
 
 from eval.scoring import Scorer, common_prefix, prefill
 from models import Batch
-from tests.test_eval_runs import HYBRID, LEARNED, LLAMA, tiny_model
+from tests.test_eval_runs import HYBRID, LEARNED, LINEAR, LLAMA, tiny_model
 
 TOLERANCE = 1e-4
 
@@ -52,7 +52,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    "shape", [HYBRID, {"blocks": {"a": LLAMA}}, {**LEARNED, "max_seq_len": 128}, {**HYBRID, "branches": 2}]
+    "shape", [HYBRID, LINEAR, {"blocks": {"a": LLAMA}}, {**LEARNED, "max_seq_len": 128}, {**HYBRID, "branches": 2}]
 )
 @pytest.mark.parametrize("batch_size", ["auto", 1, 3])
 def test_equal_to_one_by_one(shape, batch_size):

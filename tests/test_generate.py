@@ -10,7 +10,7 @@ from eval.decoding import Decoder, choose, generate, run_decoder
 from eval.generate import load_decoder, main, sample_text, save_state
 from eval.streams import StopStrings, TextStream, cut_at
 from models import Batch, UserError
-from tests.test_eval_runs import HYBRID, LEARNED, tiny_model, tiny_run, write_run
+from tests.test_eval_runs import HYBRID, LEARNED, LINEAR, tiny_model, tiny_run, write_run
 
 PROMPTS = [[256, 100, 101, 102], [256], [256, *range(40, 60)]]
 
@@ -23,7 +23,7 @@ def argmax_by_whole_forwards(model, ids: list[int], n: int) -> list[int]:
     return made[len(ids) :]
 
 
-@pytest.mark.parametrize("shape", [HYBRID, {**LEARNED, "max_seq_len": 64}, {**HYBRID, "branches": 2}])
+@pytest.mark.parametrize("shape", [HYBRID, LINEAR, {**LEARNED, "max_seq_len": 64}, {**HYBRID, "branches": 2}])
 def test_greedy_is_the_argmax_of_the_whole_forward(shape):
     model = tiny_model(shape)
     expected = [argmax_by_whole_forwards(model, p, 15) for p in PROMPTS]
@@ -120,7 +120,7 @@ def test_sample_text_is_quiet(tmp_path):
 # -- states on disk
 
 
-@pytest.mark.parametrize("shape", [HYBRID, LEARNED])
+@pytest.mark.parametrize("shape", [HYBRID, LEARNED, LINEAR])
 def test_a_saved_state_goes_on_where_it_stopped(tmp_path, shape):
     run = tiny_run(tmp_path / "run", shape)
     prompt = [256, 65, 66, 67]

@@ -51,6 +51,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "pattern": ["local", "full"],
     },
+    "linear": {  # states of constant size beside a growing one
+        **BASE,
+        "n_layers": 3,
+        "blocks": {
+            "delta": {"mixer": {"kind": "gated_delta", "heads": 3}, "channel": {"kind": "swiglu", "hidden": 24}},
+            "ssm": {"mixer": {"kind": "mamba2", "head_dim": 16, "d_state": 8}},
+            "full": {"mixer": FULL, "channel": {"kind": "gelu"}},
+        },
+        "pattern": ["delta", "ssm", "full"],
+    },
     "relu2": {**BASE, "blocks": {"b": {"mixer": LOCAL, "channel": {"kind": "relu2"}}}, "at": {1: {"channel": None}}},
     "branches": {**BASE, "branches": 2, "blocks": {"b": {"mixer": FULL, "channel": {"kind": "relu2"}}}},
     "toys": {  # a state of its own, a row store, model memory, and a use of `progress`

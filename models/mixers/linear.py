@@ -91,9 +91,9 @@ class HeadsConfig(LinearConfig):
     def heads_at(self, site: Site) -> Heads:
         key = self.head_dim or self.key_share * site.d_model / self.heads
         if key != int(key) or key < 1:
-            raise site.refuse(
-                f"heads={self.heads} does not divide {self.key_share:g} d_model={self.key_share * site.d_model:g}; give head_dim"
-            )
+            share = "" if self.key_share == 1 else f"{self.key_share:g} "
+            width = f"{share}d_model={self.key_share * site.d_model:g}"
+            raise site.refuse(f"heads={self.heads} does not divide {width}; give head_dim")
         value = self.expand_v * key
         if abs(value - round(value)) > 1e-6 or round(value) < 1:
             raise site.refuse(f"expand_v={self.expand_v:g} of head_dim={int(key)} is no whole width")
