@@ -1,4 +1,4 @@
-"""Exchange with Hugging Face: Llama-family checkpoints in, any model of the zoo out.
+"""Exchange with Hugging Face: checkpoints of the Llama family and of flash-linear-attention in, any model of the zoo out.
 
 Importing this package does not import transformers; `LociForCausalLM` and `LociConfig` do, on first use.
 """

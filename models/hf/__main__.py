@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     out.add_argument("--allow-foreign", action="store_true", help='permit parts of kind "package.module:Class"')
     into = commands.add_parser(
         "import",
-        help="a Llama-family checkpoint to a run",
+        help="a checkpoint of the Llama family, or of flash-linear-attention (Gated DeltaNet, MoM), to a run",
         epilog="example: python -m models.hf import SmolLM2-135M runs/smollm2",
     )
     into.add_argument("folder", type=Path, metavar="DIR", help="with config.json, safetensors and tokenizer.json")

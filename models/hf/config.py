@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 from models.channels.mlp import SwiGLU
 from models.config import ModelConfig, model_config
-from models.errors import UserError, nearest
+from models.errors import UserError
 from models.lm import LM
 from models.mixers.attention import Attention, AttentionConfig
 
@@ -71,22 +72,12 @@ HARMLESS = {  # say nothing about the forward of these families; neither does a 
 
 def from_hf(raw: dict[str, Any]) -> ModelConfig:
     """A Llama-family ``config.json`` as our config. Raises UserError naming the first field that is not supported."""
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        why = f": {KNOWN_MISFITS[kind]}" if kind in KNOWN_MISFITS else nearest(kind, FAMILIES)
-        raise UserError(f"config.json: model_type '{kind}' is not supported{why}")
+    kind = raw["model_type"]
     family = FAMILIES[kind]
-    for name in REQUIRED:
-        if not isinstance(raw.get(name), int):
-            raise UserError(f"config.json: '{name}' must be an integer, got {raw.get(name)!r}")
-    for name, value in raw.items():
-        known = name in family.defaults or name in REQUIRED or name in HARMLESS or name.startswith("_")
-        # an unknown field that is null, false or empty switches something off
-        if not known and value not in (None, False, 0, "", [], {}):
-            raise _refuse(name, value)
+    check_fields(raw, REQUIRED, family.defaults)
     values = {**family.defaults, **raw}
     if values["hidden_act"] not in ("silu", "swish"):
-        raise _refuse("hidden_act", values["hidden_act"], "silu")
+        raise refuse("hidden_act", values["hidden_act"], "silu")
     windows = _windows(kind, values)
     names = ["full" if window is None else "local" for window in windows]
     return model_config(
@@ -105,7 +96,19 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _refuse(name: str, value: Any, supported: str = "") -> UserError:
+def check_fields(raw: dict[str, Any], required: Sequence[str], known: Container[str]) -> None:
+    """Raises UserError for a size that is not an integer, and for an unknown field that switches something on."""
+    for name in required:
+        if not isinstance(raw.get(name), int):
+            raise UserError(f"config.json: '{name}' must be an integer, got {raw.get(name)!r}")
+    for name, value in raw.items():
+        understood = name in known or name in required or name in HARMLESS or name.startswith("_")
+        # an unknown field that is null, false or empty switches something off
+        if not understood and value not in (None, False, 0, "", [], {}):
+            raise refuse(name, value)
+
+
+def refuse(name: str, value: Any, supported: str = "") -> UserError:
     return UserError(
         f"config.json: {name} = {value!r} is not supported{f'; supported: {supported}' if supported else ''}"
     )
@@ -133,16 +136,16 @@ def _rope_theta(values: dict[str, Any]) -> Any:
     for name in ("rope_scaling", "rope_parameters"):
         group = values[name] or {}
         if not isinstance(group, dict):
-            raise _refuse(name, group, "a mapping")
+            raise refuse(name, group, "a mapping")
         kind = group.get("rope_type", group.get("type", "default"))
         if kind != "default":
-            raise _refuse(f"{name}.rope_type", kind, "default")
+            raise refuse(f"{name}.rope_type", kind, "default")
         for key, value in group.items():
             if key not in ("rope_type", "type", "rope_theta") and (key, value) != ("partial_rotary_factor", 1.0):
-                raise _refuse(f"{name}.{key}", value)
+                raise refuse(f"{name}.{key}", value)
         inner = group.get("rope_theta", theta)
         if theta not in (None, inner):
-            raise _refuse("rope_theta", theta, f"{inner}, as in {name}")
+            raise refuse("rope_theta", theta, f"{inner}, as in {name}")
         theta = inner
     return 10000.0 if theta is None else theta
 
@@ -163,10 +166,10 @@ def _windows(kind: str, values: dict[str, Any]) -> list[int | None]:
         first = values["max_window_layers"]
         types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(layers)]
     if len(types) != layers:
-        raise _refuse("layer_types", types, f"one entry for each of {layers} layers")
+        raise refuse("layer_types", types, f"one entry for each of {layers} layers")
     for name in types:
         if name not in ("full_attention", "sliding_attention") or (name == "sliding_attention" and window is None):
-            raise _refuse("layer_types", name, "full_attention" + (", sliding_attention" if window else ""))
+            raise refuse("layer_types", name, "full_attention" + (", sliding_attention" if window else ""))
     return [window if name == "sliding_attention" else None for name in types]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 
 from models.config import ModelConfig, model_config
 from models.errors import UserError, nearest
@@ -21,13 +23,27 @@ from models.folder import (
     save_weights,
     write_tensors,
 )
-from models.hf import config as families
-from models.hf import weights
+from models.hf import config as llama
+from models.hf import fla, weights
 from models.hf.tokenizer import export_tokenizer, import_tokenizer
 from models.lm import LM, meta_model
 from models.parsing import to_dict
 
 FORMATS = ("auto", "llama", "loci")
+
+
+class Reader(NamedTuple):
+    """Of native checkpoints of one kind."""
+
+    config: Callable[[dict[str, Any]], ModelConfig]  # their config.json as ours
+    pieces: weights.Pieces
+    modern: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # tensors of early versions as those of today
+
+
+READERS = {  # by model_type
+    **dict.fromkeys(llama.FAMILIES, Reader(llama.from_hf, weights.llama_pieces)),
+    **dict.fromkeys(fla.FAMILIES, Reader(fla.from_hf, fla.pieces, fla.modern)),
+}
 AUTO_MAP = {"AutoConfig": "modeling_loci.LociConfig", "AutoModelForCausalLM": "modeling_loci.LociForCausalLM"}
 SHIM = '''"""Where transformers finds the model's code with trust_remote_code=True: in the loci-lm package."""
 
@@ -84,7 +100,7 @@ def export_run(
             save_tables(model, target)
             write_shim(target)
         else:
-            named = weights.to_llama(model)
+            named = weights.to_native(model, weights.llama_pieces)
         write_tensors(named, target / "model.safetensors")
         (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (target / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
@@ -94,7 +110,7 @@ def export_run(
 def load_pretrained(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[LM, Path]:
-    """An exported folder, or any Llama-family checkpoint, as our own model.
+    """An exported folder, or a native checkpoint that we can read, as our own model.
 
     -> (the model in eval mode, the folder of its tokenizer).
     """
@@ -126,10 +142,10 @@ def write_shim(folder: Path) -> None:
 
 def _config(model: LM, form: str) -> dict[str, Any]:
     if form == "llama":
-        return families.to_hf(model)
+        return llama.to_hf(model)
     if form == "auto":
         try:
-            return families.to_hf(model)
+            return llama.to_hf(model)
         except UserError:
             pass
     return loci_config(model.cfg)
@@ -156,8 +172,9 @@ def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> LM:
         tensors = {name.removeprefix(weights.PREFIX): t.to(dtypes[name]) for name, t in tensors.items()}
     else:
         try:
-            model = meta_model(families.from_hf(raw))
-            tensors = weights.from_llama(tensors, model, dtype or torch.float32)
+            reader = _reader(raw["model_type"])
+            model = meta_model(reader.config(raw))
+            tensors = weights.from_native(reader.modern(tensors), model, reader.pieces, dtype or torch.float32)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
     stored = tensors.get("embed.weight", torch.empty(0)).dtype
@@ -165,6 +182,13 @@ def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> LM:
     load_state(model, tensors, str(folder))
     load_tables(model, folder)
     return model.eval()
+
+
+def _reader(kind: Any) -> Reader:
+    if kind not in READERS:
+        why = f": {llama.KNOWN_MISFITS[kind]}" if kind in llama.KNOWN_MISFITS else nearest(kind, READERS)
+        raise UserError(f"config.json: model_type '{kind}' is not supported{why}")
+    return READERS[kind]
 
 
 def _must_be_new(path: Path) -> None:

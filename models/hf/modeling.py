@@ -150,7 +150,7 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # pyright: ignore[reportArgumentType]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return output.to_tuple() if return_dict is False else output
 
     def _refuse(self, kwargs: dict[str, Any], attention_mask: Tensor | None, cache: Any) -> None:

@@ -1,11 +1,12 @@
-"""Tensors under our names <-> under Llama's. Ours are fused: qkv is q, k, v stacked, up is gate, up stacked."""
+"""Tensors under our names <-> under those of a native checkpoint. Ours are fused: qkv is q, k, v stacked, up is gate, up stacked."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,22 +28,36 @@ LAYER = {
     "channel.down": ("mlp.down_proj",),
 }
 PREFIX = "lm."  # of our own names inside the registered class
-DERIVED = re.compile(r"rotary_emb\.inv_freq$")  # stored by old checkpoints, follows from the config
+# Stored by old checkpoints, read by no model: rotary frequencies follow from the config, early delta layers own a skip weight.
+UNREAD = re.compile(r"rotary_emb\.inv_freq$|\.attn\.D$")
 
 
-def to_llama(model: LM) -> dict[str, Tensor]:
-    """The weights under Llama's names. ``progress`` has no place there: no part of such a model reads it."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name != "progress":
-            pieces = _pieces(model, name)
-            rows = [size for _, size in pieces]
-            found |= dict(zip([theirs for theirs, _ in pieces], tensor.split(rows), strict=True))
-    return found
+class Piece(NamedTuple):
+    """One tensor of a native checkpoint, and the region of one of ours that it fills."""
+
+    name: str
+    at: tuple[slice | int, ...]
+    shape: tuple[int, ...]  # as stored there
 
 
-def from_llama(tensors: Mapping[str, Tensor], model: LM, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The state dict of ``model`` (which may be on meta) from tensors under Llama's names.
+Pieces = Callable[[LM, str], list[Piece]]  # of our tensor with that name, together all of it
+
+
+def to_native(model: LM, pieces: Pieces) -> dict[str, Tensor]:
+    """The weights under native names. ``progress`` has no place there: no part of such a model reads it."""
+    state = model.state_dict()
+    return {
+        piece.name: state[name][piece.at].reshape(piece.shape)
+        for name in state
+        if name != "progress"
+        for piece in pieces(model, name)
+    }
+
+
+def from_native(
+    tensors: Mapping[str, Tensor], model: LM, pieces: Pieces, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The state dict of ``model`` (which may be on meta) from tensors under native names.
 
     Raises UserError for the first tensor that is missing, superfluous, of another shape, or not of a floating dtype.
     """
@@ -51,36 +66,57 @@ def from_llama(tensors: Mapping[str, Tensor], model: LM, dtype: torch.dtype = to
         if name == "progress":
             state[name] = torch.ones((), dtype=own.dtype)  # an imported model is a trained one
             continue
-        parts = []
-        for theirs, rows in _pieces(model, name):
+        filled = []
+        for theirs, at, shape in pieces(model, name):
             if theirs not in tensors:
                 raise UserError(f"tensor '{theirs}' is missing{nearest(theirs, set(tensors) - used)}")
-            part, shape = tensors[theirs], (rows, *own.shape[1:])
+            part = tensors[theirs]
             if part.shape != shape:
                 raise UserError(f"tensor '{theirs}' has shape {tuple(part.shape)}, the config says {shape}")
             if not part.is_floating_point() or part.dtype.itemsize < 2:
                 raise UserError(f"tensor '{theirs}' has dtype {part.dtype}: quantized checkpoints are not supported")
-            parts.append(part.to(dtype))
+            filled.append((at, part))
             used.add(theirs)
-        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        state[name] = _joined(filled, own.shape, dtype)
+    embedding = pieces(model, "embed.weight")[0].name
     for extra in sorted(set(tensors) - used):
-        duplicate = extra == "lm_head.weight" and torch.equal(tensors[extra], tensors["model.embed_tokens.weight"])
-        if not duplicate and not DERIVED.search(extra):
+        duplicate = extra == "lm_head.weight" and torch.equal(tensors[extra], tensors[embedding])
+        if not duplicate and not UNREAD.search(extra):
             raise UserError(f"tensor '{extra}' has no place in the model that the config describes")
     return state
 
 
-def _pieces(model: LM, name: str) -> list[tuple[str, int]]:
-    """Our tensor name -> [(Llama's name, rows)] in the order in which they are stacked."""
+def _joined(filled: list[tuple[tuple[slice | int, ...], Tensor]], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Regions and what fills them -> the whole; without a copy where there is one region and nothing to convert."""
+    if len(filled) == 1:
+        return filled[0][1].reshape(shape).to(dtype)
+    whole = torch.empty(shape, dtype=dtype)
+    for at, part in filled:
+        whole[at].copy_(part.reshape(whole[at].shape))
+    return whole
+
+
+def stacked(
+    names: Sequence[str], rows: Sequence[int], rest: Sequence[int] = (), under: tuple[int, ...] = ()
+) -> list[Piece]:
+    """Tensors [rows, *rest] stacked in dimension 0 of ours, or of its part ``under`` an index."""
+    found, start = [], 0
+    for name, n in zip(names, rows, strict=True):
+        found.append(Piece(name, (*under, slice(start, start + n)), (n, *rest)))
+        start += n
+    return found
+
+
+def llama_pieces(model: LM, name: str) -> list[Piece]:
     module, _, leaf = name.rpartition(".")
-    rows = model.get_parameter(name).shape[0]
+    rows, *rest = model.get_parameter(name).shape
     if module in TOP:
-        return [(f"{theirs}.{leaf}", rows) for theirs in TOP[module]]
+        return stacked([f"{theirs}.{leaf}" for theirs in TOP[module]], [rows], rest)
     _, layer, slot, inner = module.split(".", 3)
     theirs = LAYER[f"{slot}.{inner}"]
     part = model.get_submodule(f"layers.{layer}.{slot}")
     sizes = part.splits if inner == "qkv" else [rows // len(theirs)] * len(theirs)
-    return [(f"model.layers.{layer}.{t}.{leaf}", int(size)) for t, size in zip(theirs, sizes, strict=True)]  # pyright: ignore[reportArgumentType]
+    return stacked([f"model.layers.{layer}.{t}.{leaf}" for t in theirs], sizes, rest)  # pyright: ignore[reportArgumentType]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

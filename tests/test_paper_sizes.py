@@ -1,0 +1,47 @@
+"""Parameters of the published Mixture-of-Memories shapes, as the authors' and fla's own code counts them (arXiv:2502.13685)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from configs import schema
+from models import meta_model, model_config
+from models.parsing import to_dict
+from models.summary import summary
+from tests.runs import ROOT
+
+SHAPES: dict[str, tuple[str, dict[str, Any], int, int]] = {  # config, changes, all parameters, those active per token
+    "380M": ("mom-545m-a444m", {}, 545_119_424, 444_062_912),  # "444M" in tables 4 and 9
+    "380M_tied": ("mom-545m-a444m", {"tied": True}, 512_351_424, 411_294_912),  # the released config
+    "380M_matched": ("mom-545m-a444m", {"ratio": 2}, 507_370_688, 406_314_176),  # table 9, "400M"
+    "1.3B": ("mom-1.6b-a1.4b", {}, 1_618_419_904, 1_416_306_880),
+    "1.3B_tied": ("mom-1.6b-a1.4b", {"tied": True}, 1_552_883_904, 1_350_770_880),
+    "baseline": ("gated-deltanet-340m", {}, 342_908_096, 342_908_096),
+    "1.3B_baseline": ("gated-deltanet-1.2b", {}, 1_213_997_248, 1_213_997_248),  # 1.21B as released
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts(shape: str):
+    name, changes, params, active = SHAPES[shape]
+    raw = to_dict(schema.load(ROOT / "configs" / f"{name}.yaml").model)
+    if "ratio" in changes:
+        raw["blocks"]["base"]["channel"]["ratio"] = changes["ratio"]
+    raw["tied"] = changes.get("tied", raw["tied"])
+    model = meta_model(model_config(raw))
+    cost = model.cost(2048)
+    assert (cost.params, cost.active_params) == (params, active)
+    assert f"parameters  {params:,}" in summary(model, 2048)
+    assert f"{active:,} active per token" in summary(model, 2048)
+
+
+def test_state_is_that_of_the_paper_shape():
+    """E + 1 memories of 4 x 256 x 256 in fp32, and three inputs of each convolution in bf16; whatever the length."""
+    model = meta_model(schema.load(ROOT / "configs" / "mom-545m-a444m.yaml").model)
+    mixers = [part for _, slot, part in model.parts() if slot == "mixer"]
+    per_layer = 5 * (4 * 256 * 256 * 4 + 3 * 3 * 1024 * 2)
+    for length in (1, 2048, 65536):
+        assert [part.cost(length, torch.bfloat16).state_bytes for part in mixers] == [per_layer] * 24
