@@ -20,6 +20,7 @@ from models.folder import load_model
 from models.hf import fla, import_run
 from models.hf.weights import from_native
 from tests.fla_oracle import fla_module, layers_or_skip
+from tests.test_hf_fla import CONFIGS, RECORDED, recorded_tensors, recorded_tokens
 from tests.tools import TOLERANCE, assert_close, rel_err
 
 layers_or_skip()
@@ -143,3 +144,18 @@ def test_gradients(pair: tuple[Any, LM]):
             assert max(p.grad.abs().max(), want[name].abs().max()) < 1e-5
             continue
         assert_close(p.grad, want[name], "foreign", torch.float32, name)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_recording(kind: str, stable_sort: None):
+    """The numbers that stand for the library in `tests.test_hf_fla`: the names, the shapes and the logits are still its own."""
+    name = {"gated_deltanet": "GatedDeltaNet", "mom": "Mom"}[kind]
+    config = getattr(fla_models, f"{name}Config")(**CONFIGS[kind])
+    theirs = getattr(fla_models, f"{name}ForCausalLM")(config).eval()
+    theirs.load_state_dict(recorded_tensors(kind))
+    want = torch.tensor(RECORDED[kind])
+    got = theirs(recorded_tokens(), use_cache=False).logits[:, -1, : want.shape[1]]
+    assert rel_err(got, want) < SAME
+    missing = set(CONFIGS[kind]) - set(config.to_dict())
+    assert not missing, "fields that fla no longer knows"

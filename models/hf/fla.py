@@ -2,6 +2,7 @@
 
 Its layers own one matrix per projection and per memory; ours are fused, and stacked over memories with the shared one last. What
 fla cannot tell apart in its own forward is accepted, and said where it may surprise; everything else that we lack is refused.
+An imported MoM computes what fla does in eval mode: in training, fla's convolution runs on from one memory's tokens to the next's.
 """
 
 from __future__ import annotations
