@@ -39,15 +39,16 @@ PLAIN = {
 # linear in the batch have no weight here, so that one large batch equals several small ones.
 TOYS = {
     "d_model": 16,
-    "n_layers": 3,
+    "n_layers": 4,
     "blocks": {
+        "delta": {"mixer": {"kind": "gated_delta", "heads": 2}},
         "local": {
             "mixer": {"kind": "attention", "heads": 2, "window": 8},
             "channel": {"kind": "tests.toys:ToySlots", "balance_weight": 0.0},
         },
         "ema": {"mixer": {"kind": "tests.toys:ToyEMA", "spread_weight": 0.0}, "channel": SWIGLU},
     },
-    "pattern": ["ema", "local", "ema"],
+    "pattern": ["ema", "local", "ema", "delta"],
     "at": {1: {"memory": {"kind": "tests.toy_memory:ToyHash"}}, 2: {"memory": {"kind": "tests.toy_memory:ToyHash"}}},
 }
 
