@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode|eval [--out FILE]: ratios against peers, measured in one run; bench readme: its tables.
+"""python -m bench kernels|train|decode|context|eval [--out FILE]: ratios against peers in one run; bench readme: its tables.
 
 `bench kernels --compile-only` measures nothing: it compiles every kernel configuration, and exits with 1 if one fails the gate.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import compile as ahead
-from bench import decode, evaluation, kernels, readme, train
+from bench import context, decode, evaluation, floors, gpu_layers, gpu_scans, kernels, readme, scans, train
 from kernels.compilation import GATED, TARGETS
 from models.errors import UserError, guard
 from training.runlog import environment
@@ -42,8 +42,25 @@ def run_decode(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
 
 
 def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    rows = [kernels.measure(case, args.pairs) for case in kernels.cases(args.device)]
-    return rows, kernels.table(rows)
+    cases = [*kernels.cases(args.device), *scans.cases(args.device, args.tiny)]
+    rows = [kernels.measure(case, args.pairs) for case in cases]
+    text = kernels.table(rows)
+    if args.device == "cuda" or args.tiny:
+        limits = floors.peaks(args.device, args.tiny)
+        for bench in (gpu_scans, gpu_layers):
+            more, table = bench.run(limits, args.device, args.pairs, args.tiny)
+            rows, text = rows + more, f"{text}\n\n{table}"
+        text += f"\n\nmeasured peaks: {limits.flops / 1e12:.3g} TFLOP/s in bf16, {limits.bandwidth / 1e12:.3g} TB/s"
+    return rows, text
+
+
+def run_context(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    names = args.shapes or list(context.MIXERS)
+    for name in names:
+        if name not in context.MIXERS:
+            raise UserError(f"no mixer '{name}'; valid: {', '.join(context.MIXERS)}")
+    rows = [context.measure(name, args.pairs, args.device) for name in names]
+    return rows, context.table(rows)
 
 
 def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
@@ -51,7 +68,13 @@ def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, evaluation.table(rows)
 
 
-BENCHES = {"train": run_train, "decode": run_decode, "kernels": run_kernels, "eval": run_eval}
+BENCHES = {
+    "train": run_train,
+    "decode": run_decode,
+    "context": run_context,
+    "kernels": run_kernels,
+    "eval": run_eval,
+}
 
 
 @guard
@@ -61,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Ratios against peers in the same run: above 1, ours is faster.",
         epilog="example: python -m bench train --shapes 1M 8M --precisions fp32 --out bench/results/train-cpu.md",
     )
-    parser.add_argument("what", choices=("kernels", "train", "decode", "eval", "readme"))
-    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all of this device")
+    parser.add_argument("what", choices=(*BENCHES, "readme"))
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="with context: mixers; default: all of this device")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--pairs", type=int, default=10)
@@ -70,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table, and a .json beside it")
+    parser.add_argument("--tiny", action="store_true", help="with kernels: what a GPU runs, at shapes for a CPU")
     parser.add_argument(
         "--compile-only", action="store_true", help="with kernels: ahead of time, for GPUs that are not here"
     )

@@ -1,0 +1,83 @@
+"""What no kernel can be faster than: operations over the peak of the matrix units, or bytes over the bandwidth of memory.
+
+Per token and head, bf16 activations and fp32 gates, every input read once and every output written once; K key width, V value
+width, C rows of a chunk. Operations are those of the chunked form (arXiv:2412.06464, section 3.3; arXiv:2405.21060, section
+6; arXiv:2312.06635, section 4.3), an fma is two. Both peaks are measured in the same run as the times they are compared with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Floor:
+    flops: float  # per token and head
+    bytes: float
+
+    def seconds(self, peaks: Peaks) -> float:
+        return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of this device, as measured."""
+
+    flops: float  # per second, bf16 matrix product
+    bandwidth: float  # bytes per second, read and written by a copy
+
+
+def gated_delta_floor(k: int, v: int, c: int) -> tuple[Floor, Floor]:
+    """-> (forward, backward with recomputation)."""
+    forward = Floor(6 * k * v + c * (6 * k + 4 * v) + 2 / 3 * c * c, 4 * k + 4 * v + 8)
+    return forward, Floor(16 * k * v + c * (18 * k + 10 * v) + 4 * c * c, 8 * k + 8 * v + 16)
+
+
+def scalar_decay_floor(k: int, v: int, c: int) -> tuple[Floor, Floor]:
+    forward = Floor(4 * k * v + 2 * c * (k + v), 4 * k + 4 * v + 4)
+    return forward, Floor(10 * k * v + c * (6 * k + 4 * v), 8 * k + 8 * v + 8)
+
+
+def gla_floor(k: int, v: int, c: int) -> tuple[Floor, Floor]:
+    """As a scalar decay, with K gates in place of one. The exponentials (about 16 K) run on other units and are left out."""
+    forward, backward = scalar_decay_floor(k, v, c)
+    return Floor(forward.flops, forward.bytes + 4 * (k - 1)), Floor(backward.flops, backward.bytes + 8 * (k - 1))
+
+
+def decode_floor(k: int, v: int, itemsize: int = 4) -> Floor:
+    """One token: the state is read and written."""
+    return Floor(8 * k * v, 2 * itemsize * k * v)
+
+
+def peaks(device: str, tiny: bool = False) -> Peaks:
+    """A copy of 1 GiB and a product of 8192 x 8192 matrices in bf16, the best of ten."""
+    elements, size = (1 << 18, 128) if tiny else (1 << 28, 8192)
+    source = torch.zeros(elements, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    b, out = a.clone(), torch.empty_like(a)
+    copy = best(lambda: target.copy_(source), device)
+    product = best(lambda: torch.mm(a, b, out=out), device)
+    return Peaks(2 * size**3 / product, 2 * source.nbytes / copy)
+
+
+def best(run: Callable[[], object], device: str, repeats: int = 10, inner: int = 1) -> float:
+    """Seconds of the fastest of ``repeats`` timings of ``inner`` calls, per call, after two that warm up."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for i in range(repeats + 2):
+        wait()
+        start = time.perf_counter()
+        for _ in range(inner):
+            run()
+        wait()
+        if i >= 2:
+            times.append((time.perf_counter() - start) / inner)
+    return min(times)

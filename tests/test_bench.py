@@ -1,0 +1,140 @@
+"""The benches at tiny shapes on a CPU: what they measure, what they refuse, and the formulas that they hold times against."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import context, floors, gpu_layers, gpu_scans, kernels, scans
+from bench.floors import Floor, Peaks
+from bench.scans import SCANS, Shape
+
+LIMITS = Peaks(flops=790e12, bandwidth=4.3e12)
+TINY = Shape(2, 70, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("formula", "k", "v", "c", "forward", "backward"),
+    [  # thousands of operations and bytes per token and head
+        (floors.gated_delta_floor, 64, 64, 64, (68, 520), (197, 1040)),
+        (floors.gated_delta_floor, 128, 128, 64, (183, 1032), (508, 2064)),
+        (floors.gated_delta_floor, 128, 128, 32, (140, 1032), (381, 2064)),
+        (floors.gated_delta_floor, 256, 256, 64, (560, 2056), (1524, 4112)),
+        (floors.gated_delta_floor, 256, 256, 32, (476, 2056), (1282, 4112)),
+        (floors.scalar_decay_floor, 128, 64, 64, (57, 772), (147, 1544)),
+        (floors.scalar_decay_floor, 128, 128, 64, (98, 1028), (246, 2056)),
+    ],
+)
+def test_floors(formula, k: int, v: int, c: int, forward: tuple[int, int], backward: tuple[int, int]):
+    for floor, (kilo_flops, size) in zip(formula(k, v, c), (forward, backward), strict=True):
+        assert round(floor.flops / 1e3) == pytest.approx(kilo_flops, abs=1)
+        assert floor.bytes == size
+
+
+def test_a_floor_is_the_slower_of_two():
+    forward, backward = floors.gated_delta_floor(128, 128, 64)
+    assert forward.seconds(LIMITS) * 1e9 == pytest.approx(0.24, abs=0.005)
+    assert backward.seconds(LIMITS) * 1e9 == pytest.approx(0.64, abs=0.005)
+    assert floors.decode_floor(128, 128).seconds(LIMITS) * 1e9 == pytest.approx(30.5, abs=0.05)
+    assert Floor(1e12, 0).seconds(Peaks(1e12, 1.0)) == 1.0
+    assert Floor(0, 3.0).seconds(Peaks(1e12, 1.0)) == 3.0
+    found = floors.peaks("cpu", tiny=True)
+    assert min(found.flops, found.bandwidth) > 1e6
+
+
+@pytest.mark.parametrize("case", scans.cases("cpu", tiny=True), ids=lambda c: c.op)
+def test_scans_against_their_definition(case: kernels.Case):
+    row = kernels.measure(case, pairs=1)
+    assert row["ratio"] > 0
+    assert row["peer"] in ("token by token", "plain PyTorch")
+    assert case.op in kernels.table([row])
+
+
+def test_no_speed_for_a_wrong_result():
+    right = scans.cases("cpu", tiny=True)[0]
+    wrong = kernels.Case(right.op, right.shape, right.ours, lambda *x: right.peer(*x) * 1.001, right.inputs)
+    with pytest.raises(RuntimeError, match="no speed is reported"):
+        kernels.measure(wrong, 1)
+
+
+@pytest.mark.parametrize("scan", SCANS, ids=lambda s: s.op)
+def test_scans_beside_peers(scan: scans.Scan, monkeypatch: pytest.MonkeyPatch):
+    """A peer that is right gets a ratio, one that is wrong its error, one that is absent nothing."""
+    peers = {"absent": None, "right": scan.ours, "wrong": lambda *x: scan.ours(*x) * 1.1}
+    for name, peer in peers.items():
+        monkeypatch.setattr(gpu_scans, "fla_form", lambda _, peer=peer: peer)
+        rows = gpu_scans.measure(scan, TINY, LIMITS, "cpu", pairs=1)
+        assert [r["pass"] for r in rows] == ["forward", "forward + backward"]
+        for row in rows:
+            assert ("fla" in row["ratio"]) == (name == "right")
+            assert row["ratio"]["sdpa"] > 0
+            assert 0 < row["floor"] < 1
+            assert row["wrong"] == ({"fla": pytest.approx(0.1, abs=0.02)} if name == "wrong" else {})
+        assert ("wrong by 1.0e-01" in gpu_scans.table(rows)) == (name == "wrong")
+        json.dumps(rows)
+    broken = scans.Scan(scan.op, scan.gates, lambda *x: scan.ours(*x) * 1.1, scan.recurrent, scan.peer, scan.floor)
+    monkeypatch.setattr(gpu_scans, "compare", lambda *_: [0.1])
+    with pytest.raises(RuntimeError, match="no speed is reported"):
+        gpu_scans.measure(broken, TINY, LIMITS, "cpu", pairs=1)
+
+
+def test_comparison_is_with_exact_numbers():
+    """Errors of bf16 in the expected size, output first, then q, k, v, g, beta."""
+    errors = gpu_scans.compare(SCANS[0], SCANS[0].ours, TINY, torch.bfloat16, "cpu")
+    assert len(errors) == 6
+    assert all(1e-4 < e < limit for e, limit in zip(errors[:4], gpu_scans.TOLERANCES))
+    exact = gpu_scans.compare(SCANS[0], SCANS[0].ours, TINY, torch.float32, "cpu")
+    assert max(exact) < 1e-5
+
+
+def test_shapes_fill_a_gpu():
+    found = gpu_scans.shapes(tiny=False)
+    assert {(s.length, s.width) for s in found} == {(t, k) for t in (2048, 8192, 32768) for k in (64, 128, 256)}
+    assert {s.batch * s.length for s in found} == {32768}
+    assert {s.heads * s.width for s in found} == {2048}
+
+
+def test_layers_and_steps():
+    rows, text = gpu_layers.run(LIMITS, "cpu", pairs=1, tiny=True)
+    (mom, *steps) = rows
+    assert mom["over_plain"] == pytest.approx(mom["ms"]["ours"] / mom["ms"]["plain"])
+    assert [s["state_bytes"] for s in steps] == [n * 2 * 16 * 16 * 4 for n in (1, 5, 2, 10)]
+    assert all(s["of_copy"] > 0 for s in steps)
+    assert "times a plain pass" in text
+    assert "of copy bandwidth" in text
+
+
+@pytest.mark.parametrize("name", context.MIXERS)
+def test_context(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(context, "STEPS", 2)
+    row = context.measure(name, 1, "cpu", short=16, long=48, piece=16)
+    sizes = row["state_bytes"]
+    assert (sizes[16] == sizes[48]) == (name != "attention")
+    assert row["ratio"] > 0
+    assert f"{sizes[48]:,}" in context.table([row])
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What a GPU runs, at tiny shapes: tables on the screen and in the file, rows as JSON."""
+    monkeypatch.setattr(kernels, "cases", lambda device: [])
+    out = tmp_path / "kernels.md"
+    assert command.main(["kernels", "--tiny", "--device", "cpu", "--pairs", "1", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert out.read_text().endswith(text)
+    for word in (
+        "token by token",
+        "ns per token and head",
+        "times a plain pass",
+        "of copy bandwidth",
+        "measured peaks",
+    ):
+        assert word in text
+    assert re.search(r"fla-core (is not here|\d)", text)
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 6 + 1 + 4
+    assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
+    assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
