@@ -77,7 +77,7 @@ class Op:
         ) -> list[Tensor]:
             inputs = _spread(tensors, present)
             found = self.backward(inputs, saved, _spread(grads, given), needs, options, backend)
-            return [_or_zeros(g, t) for g, t, need in zip(found, inputs, needs, strict=True) if need and t is not None]
+            return [_laid_out(g, t) for g, t, need in zip(found, inputs, needs, strict=True) if need and t is not None]
 
         def fake_backward(
             tensors: Sequence[Tensor],
@@ -158,5 +158,9 @@ def _spread(tensors: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor |
     return [next(given) if here else None for here in present]
 
 
-def _or_zeros(g: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if g is None else g
+def _laid_out(g: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient with the strides that `fake_backward` promised; zeros for None."""
+    if g is None:
+        return torch.zeros_like(like)
+    promised = torch.empty_like(like, device="meta")
+    return g if g.stride() == promised.stride() else torch.empty_like(like).copy_(g)

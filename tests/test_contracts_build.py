@@ -145,7 +145,7 @@ def test_compiles_as_one_graph(case: Case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [MODELS[0], MODELS[2]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [MODELS[0], MODELS[2], MODELS[3]], ids=lambda case: case.name)
 def test_inductor_equals_eager(case: Case):
     with poisoned_memory():
         _compiled_equals_eager(case, "inductor", torch.float32)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from kernels.library import Op, Tensors
@@ -73,6 +75,48 @@ def test_a_compiled_graph_is_whole_and_equal(frozen: bool):
         torch._dynamo.reset()
         got = torch.autograd.grad(torch.compile(_twice, fullgraph=True, backend=backend)(x, w, h), leaves)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_compiled_gradient_has_the_promised_strides():
+    """The compiler plans memory for a gradient laid out as its tensor; a backward may return another layout."""
+
+    def backward(tensors: Any, saved: Any, grads: Any, *rest: Any) -> list[Tensor]:
+        return [(2 * grads[0]).T.contiguous().T]
+
+    def doubled(tensors: Any, *rest: Any) -> list[Tensor]:
+        return [2 * tensors[0]]
+
+    op = Op("turned", doubled, backward, doubled, outputs=1)
+    x = torch.randn(3, 4)
+    (found,) = op._traced_backward([x], [True], [], [torch.ones(3, 4)], [True], [True], [], "reference")
+    assert found.stride() == x.stride()
+    assert torch.equal(found, torch.full((3, 4), 2.0))
+
+
+def test_the_gradient_of_an_output_nobody_asked_for_is_none():
+    """An op may return an empty tensor for what was not wanted; in a compiled graph its gradient arrives, empty too."""
+    given = []
+
+    def forward(tensors: Any, *rest: Any) -> list[Tensor]:
+        return [2 * tensors[0], tensors[0].new_empty(0)]
+
+    def backward(tensors: Any, saved: Any, grads: Any, *rest: Any) -> list[Tensor]:
+        given.append([g is not None for g in grads])
+        return [2 * grads[0]]
+
+    op = Op("with_empty", forward, backward, forward, outputs=2)
+    x = torch.randn(3, requires_grad=True)
+    for run in (op, torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")):
+        run(x)[0].sum().backward()
+    assert given == [[True, False]] * 2
+
+
+def test_a_backward_looks_at_saved_tensors_once():
+    """Under activation checkpointing a second look fails."""
+    x, w, h = _leaves()
+    want = torch.autograd.grad(_twice(x, w, h), [x, w, h])
+    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(_twice, x, w, h, use_reentrant=False), [x, w, h])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_neither_autocast_nor_a_graph_reaches_inside():
