@@ -50,10 +50,12 @@ class NaiveMoM:
         q = self.w["project.weight"][: self.H * self.K] @ h
         gate = self.w["project.weight"][self.H * self.K :] @ h
         p = (self.w["router.weight"] @ h).softmax(0)
-        best = sorted(range(len(p)), key=lambda m: -float(p[m]))[: self.cfg.top_k] if choice is None else choice
-        total = sum(p[m] for m in best) if self.cfg.router_norm == "topk" else 1.0
+        best = (
+            sorted(range(len(p)), key=lambda m: -float(p[m].detach()))[: self.cfg.top_k] if choice is None else choice
+        )
+        total = p[best].sum() if self.cfg.router_norm == "topk" else 1.0
         visits = [(m, p[m] / total) for m in best] + ([(self.M - 1, torch.tensor(1.0))] if self.cfg.shared else [])
-        said = 0
+        said = torch.zeros((), dtype=torch.float64)
         for m, weight in visits:
             own = self.w["kv"][0 if self.cfg.shared_kv else m] @ h
             said = said + weight * self.visit(state[m], q, own, position)
@@ -67,8 +69,9 @@ class NaiveMoM:
             memory.inputs.append(qkv)
             filters = self.w["conv.weight"]
             window = memory.inputs[-self.rule.conv :]
-            y = sum(filters[:, self.rule.conv - len(window) + i] * z for i, z in enumerate(window))
-            y = y + self.w["conv.bias"] if self.rule.conv_bias else y
+            y = self.w["conv.bias"] if self.rule.conv_bias else torch.zeros_like(qkv)
+            for i, z in enumerate(window):
+                y = y + filters[:, self.rule.conv - len(window) + i] * z
             qkv = y / (1 + (-y).exp())
         q, k, v = qkv.split((self.H * self.K, self.H * self.K, self.HV * self.V))
         said = []

@@ -127,13 +127,14 @@ class MoM(Part):
     # -- which memories a token goes to
 
     def _choose(self, h: Tensor, ctx: Ctx) -> Choice:
-        """h [B, T, D] -> the choice; products and softmax in at least fp32."""
+        """h [B, T, D] -> the choice; products and softmax in at least fp32. The largest logits are chosen, not the largest
+        probabilities, which may have underflowed to equal zeros."""
         with torch.autocast(h.device.type, enabled=False):
             dtype = wide(h.dtype)
-            probability = F.linear(h.to(dtype), self.router.weight.to(dtype)).softmax(dim=-1)
-        weight, index = probability.topk(self.cfg.top_k, dim=-1)
-        if self.cfg.router_norm == "topk":
-            weight = weight / weight.sum(dim=-1, keepdim=True)
+            logits = F.linear(h.to(dtype), self.router.weight.to(dtype))
+        probability = logits.softmax(dim=-1)
+        largest, index = logits.topk(self.cfg.top_k, dim=-1)
+        weight = largest.softmax(dim=-1) if self.cfg.router_norm == "topk" else probability.gather(-1, index)
         if self.cfg.shared:
             weight = F.pad(weight, (0, 1), value=1.0)
         if ctx.valid is not None:
