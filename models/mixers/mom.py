@@ -35,7 +35,8 @@ class MoMConfig:
     """``rule`` is the config of a linear-time mixer, or its kind alone; its convolution, gate and norm are used too.
 
     The defaults are those of the paper's main results: four memories, two active, one more that every token uses, and a weight
-    of 1e-3 for the balance loss (the released configs say 1e-2). There is no capacity: no token is ever dropped.
+    of 1e-3 for the balance loss (the released configs say 1e-2; the paper's loss is k where the load is balanced, this one is 1, so
+    a run that repeats the paper takes k times its weight). There is no capacity: no token is ever dropped.
     """
 
     kind: str = "mom"
