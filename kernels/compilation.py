@@ -129,7 +129,8 @@ def _compile(target: str, op: str, index: int) -> Compiled:
         ):  # where the compiler prints whole programs that it cannot assemble
             made = entry.kernel.warmup(*entry.args, grid=(1,), **entry.kwargs)
     except Exception as error:  # the compiler raises errors of many kinds
-        problem = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        said = " ".join(str(error).split())
+        problem = f"does not compile: {type(error).__name__}: {said if len(said) < 300 else '...' + said[-300:]}"
         return known(problems=(problem,), seconds=time.perf_counter() - start)
     registers, spill = _resources(made, TARGETS[target])
     text = made.asm["ptx" if TARGETS[target].backend == "cuda" else "amdgcn"]
@@ -195,36 +196,25 @@ def _pretend(target: str) -> None:
 
 
 def _resources(made: Any, target: Target) -> tuple[int, int]:
-    """-> (registers per thread, bytes spilled)."""
+    """-> (registers per thread, bytes of stack per thread). Our kernels keep nothing on a stack but what registers cannot hold."""
     if target.backend == "hip":
         text = made.asm["amdgcn"]
         registers, scratch = (
             _number(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", "private_segment_fixed_size")
         )
         return registers, scratch
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(made.asm["cubin"])
-        used = _tool("cuobjdump", "-res-usage", str(cubin))
-        registers, stack = _number(r"REG:(\d+)", used), _number(r"STACK:(\d+)", used)
-        if not stack:
-            return registers, 0
-        # The stack may hold more than spilled registers: only the assembler itself knows.
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(made.asm["ptx"])
-        arch = int(target.arch)
-        name = f"sm_{arch}" + ("a" if arch >= 90 else "")
-        tool = "ptxas-blackwell" if arch >= 100 else "ptxas"
-        said = _tool(tool, "-v", f"--gpu-name={name}", str(ptx), "-o", str(cubin))
-        return registers, _number(r"(\d+) bytes spill stores", said)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        used = _cuobjdump("-res-usage", file.name)
+    return _number(r"REG:(\d+)", used), _number(r"STACK:(\d+)", used)
 
 
-def _tool(name: str, *args: str) -> str:
+def _cuobjdump(*args: str) -> str:
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    done = subprocess.run([str(path), *args], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(tool), *args], capture_output=True, text=True, check=True).stdout
 
 
 def _number(pattern: str, text: str) -> int:

@@ -28,7 +28,10 @@ OPTIONAL = {"triton", "lm_eval", "datasets", "wandb", "transformers", "matplotli
 
 def is_quarantined(module: str) -> bool:
     """Whether a module may need an optional library to be imported at all."""
-    return module.split(".")[:2] == ["models", "hf"] or module == "eval.harness" or module.endswith(".triton")
+    room, *_, last = module.split(".")
+    if room == "kernels" and (last == "triton" or last.startswith("triton_")):
+        return True
+    return module.split(".")[:2] == ["models", "hf"] or module == "eval.harness"
 
 
 def sources() -> dict[str, Path]:

@@ -7,6 +7,7 @@ the last W - 1 inputs, in time order, zeros where there was nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def causal_conv1d(
     wanted = (segments, weight.shape[1] - 1, channels)
     if initial_state is not None and initial_state.shape != wanted:
         raise ValueError(f"initial_state must be {wanted}: {tuple(initial_state.shape)}")
-    backend = dispatch.choose("causal_conv1d", x.device, None)
+    dtype, width = x.dtype, weight.shape[1]
+    backend = dispatch.choose("causal_conv1d", x.device, lambda: _why_not(dtype, width))
     options = (activation == "silu", output_final_state)
     y, state = _op(x, weight, bias, initial_state, cu_seqlens, options=options, backend=backend)
     return y, state if output_final_state else None
@@ -71,8 +73,28 @@ def causal_conv1d_step(
     check_slots(x, state, index)
     if state.shape[2:] != (weight.shape[1] - 1, weight.shape[0]):
         raise ValueError(f"state must be [B, E, {weight.shape[1] - 1}, {weight.shape[0]}]: {tuple(state.shape)}")
-    dispatch.choose("causal_conv1d_step", x.device, None)
-    return reference.step(x, weight, bias, state, activation == "silu", index, donate and not torch.is_grad_enabled())
+    silu, dtype, width = activation == "silu", x.dtype, weight.shape[1]
+    if torch.is_grad_enabled():
+        dispatch.choose("causal_conv1d_step", x.device, None)  # the kernel writes over what a backward would need
+        return reference.step(x, weight, bias, state, silu, index, False)
+    if dispatch.choose("causal_conv1d_step", x.device, lambda: _why_not(dtype, width)) == "reference":
+        return reference.step(x, weight, bias, state, silu, index, donate)
+    written = state if donate and state.is_contiguous() else state.clone(memory_format=torch.contiguous_format)
+    run = _traced_step if torch.compiler.is_compiling() else _form("triton").step
+    y = run(x, weight, bias, written, silu, index)
+    return y, state.copy_(written) if donate and written is not state else written
+
+
+@torch.library.custom_op("loci::causal_conv1d_step", mutates_args=("state",))
+def _traced_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool, index: Tensor | None
+) -> Tensor:
+    return _form("triton").step(x, weight, bias, state, silu, index)
+
+
+@_traced_step.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool, index: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> torch.Size:
@@ -85,6 +107,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return x.shape
 
 
+def _why_not(dtype: torch.dtype, width: int) -> str | None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {dtype}"
+    return None if width <= MAX_WIDTH else f"the width is {width}, above {MAX_WIDTH}"
+
+
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.causal_conv1d import triton
+
+    return triton
+
+
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
     x, weight, _, initial, cu_seqlens = tensors
     assert x is not None
@@ -95,4 +131,10 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     return [torch.empty_like(x, memory_format=torch.contiguous_format), state]
 
 
-_op = Op("causal_conv1d", reference.forward, reference.backward, _fake, outputs=2)
+_op = Op(
+    "causal_conv1d",
+    lambda *args: _form(args[-1]).forward(*args),
+    lambda *args: _form(args[-1]).backward(*args),
+    _fake,
+    outputs=2,
+)
