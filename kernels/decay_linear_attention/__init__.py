@@ -7,6 +7,7 @@ Without decay it is linear attention (arXiv:2006.16236, the numerator), with a c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,19 @@ def decay_linear_attention(
     """
     scale = check_scan(q, k, v, scale, initial_state, cu_seqlens)
     check_like("g", g, (tuple(v.shape[:3]), tuple(v.shape[2:3])))
-    backend = dispatch.choose("decay_linear_attention", v.device, None)
-    o, state = _op(q, k, v, g, initial_state, cu_seqlens, options=(scale, output_final_state), backend=backend)
+    backend = dispatch.choose("decay_linear_attention", v.device, lambda: _form("triton").why_not(q, v))
+    tensors = (q, k, v, g, initial_state, cu_seqlens)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    o, state = _op(*tensors, options=(scale, output_final_state, keep), backend=backend)
     return o, state if output_final_state else None
+
+
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.decay_linear_attention import triton
+
+    return triton
 
 
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
@@ -48,7 +59,15 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     assert v is not None
     segments = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     shape = (segments, v.shape[2], q.shape[3], v.shape[3]) if options[1] else (0,)
-    return [torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(shape, dtype=wide_dtype(v))]
+    results = [torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(shape, dtype=wide_dtype(v))]
+    keeps = backend == "triton" and options[2]
+    return [*results, _form(backend).fake_states(q, v, cu_seqlens)] if keeps else results
 
 
-_op = Op("decay_linear_attention", reference.forward, reference.backward, _fake, outputs=2)
+_op = Op(
+    "decay_linear_attention",
+    lambda *args: _form(args[-1]).forward(*args),
+    lambda *args: _form(args[-1]).backward(*args),
+    _fake,
+    outputs=2,
+)
