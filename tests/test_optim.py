@@ -205,7 +205,7 @@ def test_norm_and_clip_include_tables():
             dense.index_add_(0, r, g)
         rows.append(dense.flatten())
     assert all(r.any() for r in rows)
-    expected = torch.cat(parameters + rows).norm()
+    expected = torch.cat(parameters + rows).double().norm()
     before = torch.cat(parameters + rows).clone()
     norm = optim.grad_norm()
     assert norm.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -221,10 +221,10 @@ def test_unfreeze_waits(base: Path):
 def test_init_from_takes_tables_without_moments(tmp_path: Path):
     config = write_config(tmp_path, TOYS)
     run = train(config, "--allow-foreign").run
-    deeper = {**TOYS, "n_layers": 6}
+    deeper = {**TOYS, "n_layers": 8}
     model = models.build(model_config({**deeper, "vocab_size": 257}), seed=5)
     said = checkpoint.init_from(model, str(run))
-    assert "keep their fresh initialisation (layers.3." in said
+    assert "keep their fresh initialisation (layers.4." in said
     held = tensors(run, 12)
     for name in ("layers.1.memory.table", "layers.2.memory.table"):
         table = model.tables()[name].state_dict()

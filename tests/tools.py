@@ -34,7 +34,7 @@ TOLERANCE: dict[tuple[str, torch.dtype], float] = {
     ("op gradient", torch.float16): 2e-3,
     ("op gradient", torch.bfloat16): 8e-3,
     ("gate gradient", torch.float32): 1e-5,  # of decays and writing strengths, which are sums over whole rows
-    ("gate gradient", torch.float16): 1e-2,
+    ("gate gradient", torch.float16): 5e-3,
     ("gate gradient", torch.bfloat16): 2e-2,
 }
 CAUSAL = 1e-12  # absolute, fp64, after a disturbance of 1e3: matrix shapes alter last bits

@@ -398,10 +398,11 @@ class _Call:
             (False, do, self.v, self.k, self.q, states, dq),
             (True, self.v, do, self.q, self.k, dstates, dk),
         ):
-            args: tuple[Any, ...] = (a, b, x, y, _or(self.g, dy), _or(self.cu, dy), of, states, dy, _or(dg, dy))
+            tensors = (a, b, x, y, _or(self.g, dy), _or(self.cu, dy), of, states, dy, _or(dg, dy))
+            strides = (t.stride(1) for t in (a, b, x, y))
+            args: tuple[Any, ...] = (*tensors, *self.sizes, *strides, self.scale)
             constants = _gradient_constants(tiles, reverse, self.segments, dg is not None)
-            strides = [t.stride(1) for t in (a, b, x, y)]
-            _gradient[grid](*args, *self.sizes, *strides, self.scale, **self.common, **constants)
+            _gradient[grid](*args, **self.common, **constants)
         return dq, dk, dg
 
 
@@ -438,7 +439,7 @@ def compilations() -> Iterator[Compilation]:
                     or (dtype == torch.float32 and k <= 64 and k == v)
                     or (dtype == torch.float16 and k == v == 128 and wide)
                 ):
-                    yield from _compilations(k, v, dtype, wide, whole and k >= 64)
+                    yield from _compilations(k, v, dtype, wide, whole and k >= 64 and (k, v) != (256, 64))
 
 
 def _compilations(k: int, v: int, dtype: torch.dtype, wide: bool, every: bool) -> Iterator[Compilation]:
@@ -465,7 +466,7 @@ def _compilations(k: int, v: int, dtype: torch.dtype, wide: bool, every: bool) -
         ("dk-constant", True, 1, 1),
         ("dk-plain", True, 1, 0),
     ):
-        if (every and decay == 2) or label in ("dq", "dk") or k == v == 128:
+        if (every and (decay == 2 or k == v == 128)) or label in ("dq", "dk"):
             tiles = _gradient_tiles(k, v, groups, dtype, wide)
             args = (x, x, x, x, fp32, cu, y, y, y, fp32, *sizes, groups * v, groups * v, k, k, 0.125)
             constants = _gradient_constants(tiles, reverse, 5, decay > 0)

@@ -8,13 +8,14 @@ Without g it is the delta rule (arXiv:2406.06484, eq. 3).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.gated_delta_rule import reference
 from kernels.library import Op, Tensors
-from kernels.scan_arguments import check_like, check_scan, wide_dtype
+from kernels.scan_arguments import check_like, check_scan
 
 
 def gated_delta_rule(
@@ -42,19 +43,36 @@ def gated_delta_rule(
     scale = check_scan(q, k, v, scale, initial_state, cu_seqlens)
     check_like("g", g, (tuple(v.shape[:3]),))
     check_like("beta", beta, (tuple(v.shape[:3]),))
+    dtypes, width = (q.dtype, k.dtype, v.dtype), q.shape[-1]
+    backend = dispatch.choose("gated_delta_rule", v.device, lambda: _form("triton").why_not(dtypes, width))
     options = (scale, output_final_state, qk_l2norm)
-    o, state = _op(q, k, v, g, beta, initial_state, cu_seqlens, options=options, backend="reference")
+    o, state = _op(q, k, v, g, beta, initial_state, cu_seqlens, options=options, backend=backend)
     return o, state if output_final_state else None
 
 
-def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
-    q, _, v, _, _, _, cu_seqlens = tensors
-    assert q is not None
-    assert v is not None
-    segments = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    shape = (segments, v.shape[2], q.shape[3], v.shape[3]) if options[1] else (0,)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return [o, v.new_empty(shape, dtype=wide_dtype(v)), torch.empty_like(o, dtype=wide_dtype(v))]
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.gated_delta_rule import triton
+
+    return triton
 
 
-_op = Op("gated_delta_rule", reference.forward, reference.backward, _fake, outputs=2)
+def _backward(
+    tensors: Tensors,
+    saved: Sequence[Tensor],
+    grads: Tensors,
+    needs: Sequence[bool],
+    options: Sequence[float],
+    backend: str,
+) -> Tensors:
+    return _form(backend).backward(tensors, saved, grads, options)
+
+
+_op = Op(
+    "gated_delta_rule",
+    lambda tensors, options, backend: _form(backend).forward(tensors, options),
+    _backward,
+    lambda tensors, options, backend: _form(backend).fake(tensors, options),
+    outputs=2,
+)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kernels.levels import levels
 from kernels.library import Tensors
+from kernels.scan_arguments import wide_dtype
 
-CHUNK = 64
+WIDE = 64  # from this width of q, k or v on, chunks of 64 rows are faster than chunks of 32
 NORM_EPS = 1e-6
 
 
@@ -38,7 +39,7 @@ def recurrent(
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """Token by token. Arguments and results as of the public function."""
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     b, t, heads, width = v.shape
     one = v.new_ones(b * t, heads, dtype=wide)
     decay = one if g is None else g.flatten(0, 1).to(wide).exp()
@@ -60,7 +61,7 @@ def recurrent(
     return torch.stack(outs).view(v.shape).to(v.dtype), torch.stack(states)
 
 
-def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
+def forward(tensors: Tensors, options: Sequence[float]) -> list[Tensor]:
     """(q, k, v, g, beta, initial state, cu_seqlens), (scale, whether the final state is wanted, whether q and k are to be
     normalised) -> [o, final state or nothing, U by rows]."""
     v, h0 = tensors[2], tensors[5]
@@ -80,14 +81,18 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     return [c.layout.join(out, v.shape, v.dtype), state, c.layout.join(u, v.shape, c.wide)]
 
 
-def backward(
-    tensors: Tensors,
-    saved: Sequence[Tensor],
-    grads: Tensors,
-    needs: Sequence[bool],
-    options: Sequence[float],
-    backend: str,
-) -> Tensors:
+def fake(tensors: Tensors, options: Sequence[float]) -> list[Tensor]:
+    """What ``forward`` returns, computing nothing."""
+    q, _, v, _, _, _, cu_seqlens = tensors
+    assert q is not None
+    assert v is not None
+    segments = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    shape = (segments, v.shape[2], q.shape[3], v.shape[3]) if options[1] else (0,)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return [o, v.new_empty(shape, dtype=wide_dtype(v)), torch.empty_like(o, dtype=wide_dtype(v))]
+
+
+def backward(tensors: Tensors, saved: Sequence[Tensor], grads: Tensors, options: Sequence[float]) -> Tensors:
     """What a query reads is linear in the state, and so is what a key reads before it erases: its cotangent is -beta dX, with
     dX = (I + A)^-T dU. From the last chunk to the first, with dS' of the state that leaves:
 
@@ -153,8 +158,8 @@ class _Chunks:
         assert q is not None
         assert k is not None
         assert v is not None
-        self.wide = torch.promote_types(v.dtype, torch.float32)
-        self.layout = levels(v.shape[0], v.shape[1], cu_seqlens, CHUNK)
+        self.wide = wide_dtype(v)
+        self.layout = levels(v.shape[0], v.shape[1], cu_seqlens, 64 if max(k.shape[3], v.shape[3]) >= WIDE else 32)
         segments = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         self.state_shape = (segments, v.shape[2], k.shape[3], v.shape[3])
         self.groups = v.shape[2] // k.shape[2]
@@ -179,13 +184,13 @@ class _Chunks:
 
     def inverse(self) -> Tensor:
         """(I + A)^-1, [N, HV, C, C]."""
-        return unit_lower_inverse(self.masked(self.k @ self.k.mT, diagonal=-1) * self.beta)
+        return unit_lower_inverse(self.masked(self.k @ self.k.mT, diagonal=-1).mul_(self.beta))
 
     def masked(self, product: Tensor, diagonal: int = 0) -> Tensor:
         """A product of rows with rows [N, HV, C, C], overwritten with itself times Gamma, zeros above the diagonal."""
-        if self.gamma is not None:
-            product *= self._gamma_differences
-        return product.tril_(diagonal)
+        if self.gamma is None or diagonal:
+            product.tril_(diagonal)
+        return product if self.gamma is None else product.mul_(self._gamma_differences)
 
     @functools.cached_property
     def _gamma_differences(self) -> Tensor:
@@ -193,8 +198,7 @@ class _Chunks:
         shape = (*self.gamma.shape[:-1], self.layout.size)
         differences = torch.empty(shape, dtype=self.wide, device=self.gamma.device)
         torch.sub(self.gamma, self.gamma.mT, out=differences)
-        above = torch.ones(shape[-2:], dtype=torch.bool, device=differences.device).triu_(1)
-        return differences.masked_fill_(above, float("-inf")).exp_()
+        return differences.exp_().tril_()  # what overflows above the diagonal is dropped, not multiplied by zero
 
     def state(self, state: Tensor | None) -> Tensor:
         """A copy of [S, HV, K, V], sorted as the layout wants it; zeros for None."""
