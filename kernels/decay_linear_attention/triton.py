@@ -5,6 +5,9 @@ backwards in time with q and k in each other's place and dO instead of V it is t
 dV. ``_pairs_backward`` then makes dQ, dK and dg of each chunk for itself, from the states that the two scans left.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (the checker takes what Triton compiles for Python)
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -79,7 +82,7 @@ def _scan(
     """Program (tile of V, value head, segment). Forward x = q, y = k, v = v; in reverse x = k, y = q, v = dO."""
     head, segment = tl.program_id(1), tl.program_id(2)
     live = segment < segments
-    start, end, slot = segment_rows(cu, segment, segments, rows, time, C, VARLEN)  # pyright: ignore[reportGeneralTypeIssues]
+    start, end, slot = segment_rows(cu, segment, segments, rows, time, C, VARLEN)
     length = (end - start).to(tl.int32)
     n = tl.cdiv(length, C)
     c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
@@ -179,7 +182,7 @@ def _gradient(
     """
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
     found = chunk_of_slot(cu, slot, segments, rows, time, C, VARLEN, SEARCH)
-    segment, first, end = found  # pyright: ignore[reportGeneralTypeIssues]
+    segment, first, end = found
     c, kk = tl.arange(0, C), tl.program_id(1) * BK + tl.arange(0, BK)
     in_k = kk < K
     stored = c < (end - first).to(tl.int32)

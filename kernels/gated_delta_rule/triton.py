@@ -13,6 +13,9 @@ of HV heads, R rows, N slots, in the dtype of v where no other is named:
     states, dstates [N, HV, K, V]   the state before each chunk, and the gradient of that after it
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (the checker takes what Triton compiles for Python)
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

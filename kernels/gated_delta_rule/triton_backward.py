@@ -1,5 +1,8 @@
 """The three kernels of the backward; see `kernels.gated_delta_rule.triton` for what they hand on and to whom."""
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (the checker takes what Triton compiles for Python)
+
 from __future__ import annotations
 
 import triton
@@ -46,8 +49,8 @@ def scan_back(
     chunks = tl.cdiv(length, C)
     for back in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - back
-        row = start + chunk * C
-        here = c < length - chunk * C
+        first = chunk * C
+        row, here = start + first, first + c < length
         place = (slot + chunk) * HV + head
         plane = factors + place * (PLANES * C)
         from_q, from_k = tl.load(plane + FROM_Q * C + c), tl.load(plane + FROM_K * C + c)

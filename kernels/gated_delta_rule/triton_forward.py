@@ -1,5 +1,8 @@
 """The two kernels of the forward; see `kernels.gated_delta_rule.triton` for what they hand on and to whom."""
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (the checker takes what Triton compiles for Python)
+
 from __future__ import annotations
 
 import triton
@@ -111,8 +114,8 @@ def scan(
     if initial is not None:
         state = load_tile(initial + at, V, keys, inside, columns, V, V % BV == 0).to(tl.float32)
     for chunk in tl.range(0, tl.cdiv(length, C), disable_licm=True):
-        row = start + chunk * C
-        here = c < length - chunk * C
+        first = chunk * C
+        row, here = start + first, first + c < length
         place = (slot + chunk) * HV + head
         plane = factors + place * (PLANES * C)
         from_q, from_k = tl.load(plane + FROM_Q * C + c), tl.load(plane + FROM_K * C + c)

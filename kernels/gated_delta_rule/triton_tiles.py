@@ -1,5 +1,8 @@
 """Pieces of the kernels of the gated delta rule: tiles in memory, decays inside a chunk, inverses of triangular matrices."""
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (the checker takes what Triton compiles for Python)
+
 from __future__ import annotations
 
 import triton

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kernels.gated_rms_norm import reference
 from kernels.library import Op, Tensors
 
 ACTIVATIONS = ("silu", "sigmoid")
+MAX_WIDTH = 8192  # of the Triton form, whose programs hold whole rows
 
 
 def gated_rms_norm(
@@ -36,10 +38,25 @@ def gated_rms_norm(
     if weight.shape != x.shape[-1:] or (gate is not None and gate.shape != x.shape):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, gate) if t is not None)
         raise ValueError(f"expected x [..., V], weight [V] and gate [..., V], got {shapes}")
-    backend = dispatch.choose("gated_rms_norm", x.device, None)
+    dtype, width = x.dtype, x.shape[-1]
+    backend = dispatch.choose("gated_rms_norm", x.device, lambda: _why_not(dtype, width))
     options = (eps, activation == "silu", norm_before_gate)
     (y,) = _op(x, weight, gate, options=options, backend=backend)
     return y
+
+
+def _why_not(dtype: torch.dtype, width: int) -> str | None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {dtype}"
+    return None if width <= MAX_WIDTH else f"rows are wider than {MAX_WIDTH}"
+
+
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.gated_rms_norm import triton
+
+    return triton
 
 
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
@@ -49,4 +66,10 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     return [torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(*x.shape[:-1], 1, dtype=wide)]
 
 
-_op = Op("gated_rms_norm", reference.forward, reference.backward, _fake, outputs=1)
+_op = Op(
+    "gated_rms_norm",
+    lambda *args: _form(args[-1]).forward(*args),
+    lambda *args: _form(args[-1]).backward(*args),
+    _fake,
+    outputs=1,
+)
