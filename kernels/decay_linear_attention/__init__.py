@@ -38,7 +38,8 @@ def decay_linear_attention(
     """
     scale = check_scan(q, k, v, scale, initial_state, cu_seqlens)
     check_like("g", g, (tuple(v.shape[:3]), tuple(v.shape[2:3])))
-    backend = dispatch.choose("decay_linear_attention", v.device, lambda: _form("triton").why_not(q, v))
+    dtype, width = v.dtype, q.shape[-1]
+    backend = dispatch.choose("decay_linear_attention", v.device, lambda: _form("triton").why_not(dtype, width))
     tensors = (q, k, v, g, initial_state, cu_seqlens)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     o, state = _op(*tensors, options=(scale, output_final_state, keep), backend=backend)

@@ -1,12 +1,9 @@
-"""Triton kernels of linear attention with a scalar decay; the algebra is that of ``reference``.
+"""Triton form of linear attention with a scalar decay: its launches, their sizes, and what they save.
 
-Two kernels. ``_scan`` walks through the chunks of a segment with the state in registers and writes outputs as it goes. Run
-backwards in time with q and k in each other's place and dO instead of V it is the scan of the backward: it carries dS and writes
-dV. ``_pairs_backward`` then makes dQ, dK and dg of each chunk for itself, from the states that the two scans left.
+Forward, one launch: ``scan`` walks through the chunks of a segment with the state in registers and writes outputs as it goes,
+and for the backward the state before each chunk. Backward, three: ``scan`` backwards in time, with q and k in each other's place
+and dO instead of V, carries dS and writes dV; ``gradient`` makes dQ, and then dK and dg, of each chunk from the states of the two.
 """
-
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
-# (the checker takes what Triton compiles for Python)
 
 from __future__ import annotations
 
@@ -15,230 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.compilation import Compilation
+from kernels.decay_linear_attention.triton_kernels import gradient, scan
 from kernels.library import Tensors
 from kernels.scan_arguments import wide_dtype
-from kernels.triton import (
-    by_rows,
-    chunk_of_slot,
-    offsets,
-    padded,
-    precision,
-    roomy,
-    search_width,
-    segment_rows,
-    slots,
-)
-
-
-@triton.jit
-def _decays(g, head, first, c, inside, HV: tl.constexpr, DECAY: tl.constexpr):
-    """-> (cumulative decay of rows first + c, its last value). DECAY: 1 constant, 2 of each row."""
-    if DECAY == 1:
-        value = tl.where(inside, tl.load(g + head).to(tl.float32), 0.0)
-    else:
-        value = tl.load(g + first * HV + head + c * HV, mask=inside, other=0.0).to(tl.float32)
-    # exp(-128) is zero in fp32; without the bound one strong decay would cost all later differences their last digits.
-    value = tl.maximum(value, -128.0)
-    return tl.cumsum(value, 0), tl.sum(value, 0)
-
-
-@triton.jit(do_not_specialize=["segments", "rows", "time"])
-def _scan(
-    x,
-    y,
-    v,
-    g,
-    cu,
-    initial,
-    out,
-    states,
-    final,
-    segments,
-    rows,
-    time,
-    sx: tl.constexpr,
-    sy: tl.constexpr,
-    sv: tl.constexpr,
-    scale,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    VARLEN: tl.constexpr,
-    INITIAL: tl.constexpr,
-    STATES: tl.constexpr,
-    FINAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (tile of V, value head, segment). Forward x = q, y = k, v = v; in reverse x = k, y = q, v = dO."""
-    head, segment = tl.program_id(1), tl.program_id(2)
-    live = segment < segments
-    start, end, slot = segment_rows(cu, segment, segments, rows, time, C, VARLEN)
-    length = (end - start).to(tl.int32)
-    n = tl.cdiv(length, C)
-    c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
-    in_k, in_v = kk < K, vv < V
-    in_state = in_k[:, None] & in_v[None, :]
-    at_x, at_y, at_v = offsets(c, kk, sx), offsets(c, kk, sy), offsets(c, vv, sv)
-    at_out, at_state = offsets(c, vv, HV * V), offsets(kk, vv, V)
-    x += start * sx + head // (HV // H) * K
-    y += start * sy + head // (HV // H) * K
-    v += start * sv + head * V
-    out += (start * HV + head) * V
-    seen = c[:, None] <= c[None, :] if REVERSE else c[:, None] >= c[None, :]
-    read_scale = 1.0 if REVERSE else scale
-    write_scale = scale if REVERSE else 1.0
-
-    state = tl.zeros((BK, BV), tl.float32)
-    this = (segment.to(tl.int64) * HV + head) * (K * V)
-    if INITIAL:
-        state = tl.load(initial + this + at_state, mask=in_state & live, other=0.0).to(tl.float32)
-    if FINAL and n == 0:
-        tl.store(final + this + at_state, state, mask=in_state & live)
-    for i in tl.range(n, disable_licm=True):
-        chunk = slot + (n - 1 - i if REVERSE else i)
-        row = (chunk - slot) * C
-        stored = c < length - (n - 1 - i if REVERSE else i) * C
-        inside = stored & live
-        x_tile = tl.load(x + row * sx + at_x, mask=inside[:, None] & in_k[None, :], other=0.0)
-        y_tile = tl.load(y + row * sy + at_y, mask=inside[:, None] & in_k[None, :], other=0.0)
-        v_tile = tl.load(v + row * sv + at_v, mask=inside[:, None] & in_v[None, :], other=0.0)
-        if STATES:
-            here = states + (chunk * HV + head) * (K * V)
-            tl.store(here + at_state, state.to(states.dtype.element_ty), mask=in_state & live)
-        pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * scale
-        if DECAY:
-            gamma, total = _decays(g, head, start + row, c, inside, HV, DECAY)
-            between = gamma[None, :] - gamma[:, None] if REVERSE else gamma[:, None] - gamma[None, :]
-            pairs *= tl.exp(tl.where(seen, between, float("-inf")))
-        else:
-            pairs = tl.where(seen, pairs, 0.0)
-        pairs = pairs.to(v_tile.dtype)
-        result = tl.dot(x_tile, state.to(x_tile.dtype), input_precision=PRECISION) * read_scale
-        if DECAY:
-            result *= tl.exp(total - gamma if REVERSE else gamma)[:, None]
-        result = tl.dot(pairs, v_tile, result, input_precision=PRECISION)
-        here = out + row * (HV * V)
-        tl.store(here + at_out, result.to(out.dtype.element_ty), mask=stored[:, None] & in_v[None, :])
-        if DECAY:
-            state *= tl.exp(total)
-            v_tile = v_tile.to(tl.float32) * (tl.exp(gamma if REVERSE else total - gamma) * write_scale)[:, None]
-        elif REVERSE:
-            v_tile = v_tile.to(tl.float32) * write_scale
-        state = tl.dot(tl.trans(y_tile), v_tile.to(y_tile.dtype), state, input_precision=PRECISION)
-        # Inside the loop, so that its addresses take no registers while the loop runs.
-        if FINAL and i == n - 1:
-            tl.store(final + this + at_state, state, mask=in_state & live)
-
-
-@triton.jit(do_not_specialize=["segments", "rows", "time"])
-def _gradient(
-    a,
-    b,
-    x,
-    y,
-    g,
-    cu,
-    states,
-    entered,
-    dy,
-    dg,
-    segments,
-    rows,
-    time,
-    sa: tl.constexpr,
-    sb: tl.constexpr,
-    sx: tl.constexpr,
-    sy: tl.constexpr,
-    scale,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    DECAY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SEARCH: tl.constexpr,
-    GRADIENT_OF_DECAY: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (slot of a chunk, tile of K, key head): dy of y = q (a = dO, b = V, x = k, ``states`` those that entered) or, in
-    reverse, of y = k (a = V, b = dO, x = q, ``states`` the gradients of those that left, ``entered`` those that entered).
-
-    dg [tiles of K, rows, HV] is each tile's share of the sum over K; in reverse it adds to what is there. Products of a row with
-    itself join last: they do not depend on the decay, and q dq - k dk would be a small difference of large numbers with them.
-    """
-    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    found = chunk_of_slot(cu, slot, segments, rows, time, C, VARLEN, SEARCH)
-    segment, first, end = found
-    c, kk = tl.arange(0, C), tl.program_id(1) * BK + tl.arange(0, BK)
-    in_k = kk < K
-    stored = c < (end - first).to(tl.int32)
-    inside = stored & (segment < segments)
-    used = (segment < segments) & (first < end)
-    here = inside[:, None] & in_k[None, :]
-    x_tile = tl.load(x + first * sx + head * K + offsets(c, kk, sx), mask=here, other=0.0)
-    y_tile = tl.load(y + first * sy + head * K + offsets(c, kk, sy), mask=here, other=0.0)
-    other = c[:, None] < c[None, :] if REVERSE else c[:, None] > c[None, :]
-    total_gradient = tl.zeros((C, BK), tl.float32)
-    same = tl.zeros((C,), tl.float32)
-    for j in tl.range(HV // H, disable_licm=True):
-        value_head = head * (HV // H) + j
-        state_of_head = (slot * HV + value_head) * (K * V)
-        pairs = tl.zeros((C, C), tl.float32)
-        gradient = tl.zeros((C, BK), tl.float32)
-        for tile in tl.range(tl.cdiv(V, BV), disable_licm=True):
-            vv = tile * BV + tl.arange(0, BV)
-            in_v = inside[:, None] & (vv < V)[None, :]
-            a_tile = tl.load(a + first * sa + value_head * V + offsets(c, vv, sa), mask=in_v, other=0.0)
-            b_tile = tl.load(b + first * sb + value_head * V + offsets(c, vv, sb), mask=in_v, other=0.0)
-            in_state = in_k[:, None] & (vv < V)[None, :] & used
-            state = tl.load(states + state_of_head + offsets(kk, vv, V), mask=in_state, other=0.0)
-            pairs = tl.dot(a_tile, tl.trans(b_tile), pairs, input_precision=PRECISION)
-            gradient = tl.dot(a_tile, tl.trans(state), gradient, input_precision=PRECISION)
-        same += tl.sum(tl.where(c[:, None] == c[None, :], pairs, 0.0), 1)
-        pairs = tl.where(other, pairs * scale, 0.0)
-        if not REVERSE:
-            gradient *= scale
-        if DECAY:
-            gamma, total = _decays(g, value_head, first, c, inside, HV, DECAY)
-            gradient *= tl.exp(total - gamma if REVERSE else gamma)[:, None]
-            between = gamma[None, :] - gamma[:, None] if REVERSE else gamma[:, None] - gamma[None, :]
-            pairs *= tl.exp(tl.where(other, between, 0.0))
-        if GRADIENT_OF_DECAY and REVERSE:
-            ends = tl.sum(y_tile.to(tl.float32) * gradient)
-            for tile in tl.range(tl.cdiv(V, BV), disable_licm=True):
-                vv = tile * BV + tl.arange(0, BV)
-                at_state = state_of_head + offsets(kk, vv, V)
-                in_state = in_k[:, None] & (vv < V)[None, :] & used
-                state = tl.load(entered + at_state, mask=in_state, other=0.0).to(tl.float32)
-                dstate = tl.load(states + at_state, mask=in_state, other=0.0).to(tl.float32)
-                ends += tl.sum(state * dstate) * tl.exp(total)
-        gradient = tl.dot(pairs.to(x_tile.dtype), x_tile, gradient, input_precision=PRECISION)
-        total_gradient += gradient
-        if GRADIENT_OF_DECAY:
-            dgamma = tl.sum(y_tile.to(tl.float32) * gradient, 1)
-            at = dg + (tl.program_id(1) * rows.to(tl.int64) + first) * HV + value_head + c * HV
-            if REVERSE:
-                share = tl.load(at, mask=inside, other=0.0) - tl.cumsum(dgamma, 0, reverse=True) + ends
-            else:
-                share = tl.cumsum(dgamma, 0, reverse=True)
-            tl.store(at, share, mask=stored)
-    total_gradient += (same * scale)[:, None] * x_tile.to(tl.float32)
-    at = dy + (first * H + head) * K + offsets(c, kk, H * K)
-    tl.store(at, total_gradient.to(dy.dtype.element_ty), mask=stored[:, None] & in_k[None, :])
+from kernels.triton import by_rows, padded, precision, roomy, search_width, slots
 
 
 class Tiles(NamedTuple):
@@ -271,12 +51,12 @@ def _gradient_tiles(k: int, v: int, groups: int, dtype: torch.dtype, roomy: bool
     return Tiles(min(128 if wide else 64, padded(k)), min(64, padded(v)), warps, 2 if roomy else 1)
 
 
-def why_not(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs; they compute in the dtype of v."""
-    if v.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"v is {v.dtype}"
-    limit = 64 if v.dtype == torch.float32 else 256
-    return f"K is {q.shape[3]}, above {limit} for {v.dtype}" if q.shape[3] > limit else None
+def why_not(dtype: torch.dtype, key: int) -> str | None:
+    """Why the kernels cannot take inputs with v of this dtype, in which they compute, and q and k of this width."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"v is {dtype}"
+    limit = 64 if dtype == torch.float32 else 256
+    return f"K is {key}, above {limit} for {dtype}" if key > limit else None
 
 
 def fake_states(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -372,20 +152,11 @@ class _Call:
         tiles = _scan_tiles(self.key_width, self.width, v.dtype, self.roomy, carries)
         grid = (triton.cdiv(self.width, tiles.v), self.heads, self.segments + (self.cu is not None))
         # An argument that the kernel does not use is still an argument: out stands for all of them.
-        args: tuple[Any, ...] = (
-            x,
-            y,
-            v,
-            _or(self.g, out),
-            _or(self.cu, out),
-            _or(initial, out),
-            out,
-            _or(states, out),
-            _or(final, out),
-        )
-        strides = [t.stride(1) for t in (x, y, v)]
+        or_out = [out if t is None else t for t in (self.g, self.cu, initial, out, states, final)]
+        strides = (t.stride(1) for t in (x, y, v))
+        args: tuple[Any, ...] = (x, y, v, *or_out, *self.sizes, *strides, self.scale)
         constants = _scan_constants(tiles, reverse, initial is not None, states is not None, final is not None)
-        _scan[grid](*args, *self.sizes, *strides, self.scale, **self.common, **constants)
+        scan[grid](*args, **self.common, **constants)
 
     def gradients(
         self, do: Tensor, states: Tensor, dstates: Tensor, want_decay: bool
@@ -401,11 +172,11 @@ class _Call:
             (False, do, self.v, self.k, self.q, states, dq),
             (True, self.v, do, self.q, self.k, dstates, dk),
         ):
-            tensors = (a, b, x, y, _or(self.g, dy), _or(self.cu, dy), of, states, dy, _or(dg, dy))
+            or_dy = [dy if t is None else t for t in (self.g, self.cu, of, states, dy, dg)]
             strides = (t.stride(1) for t in (a, b, x, y))
-            args: tuple[Any, ...] = (*tensors, *self.sizes, *strides, self.scale)
+            args: tuple[Any, ...] = (a, b, x, y, *or_dy, *self.sizes, *strides, self.scale)
             constants = _gradient_constants(tiles, reverse, self.segments, dg is not None)
-            _gradient[grid](*args, **self.common, **constants)
+            gradient[grid](*args, **self.common, **constants)
         return dq, dk, dg
 
 
@@ -425,10 +196,6 @@ def _scan_constants(tiles: Tiles, reverse: bool, initial: bool, states: bool, fi
 def _gradient_constants(tiles: Tiles, reverse: bool, segments: int, want_decay: bool) -> dict[str, Any]:
     modes = {"REVERSE": reverse, "SEARCH": search_width(segments), "GRADIENT_OF_DECAY": want_decay}
     return {"BK": tiles.k, "BV": tiles.v, **modes, "num_warps": tiles.warps, "num_stages": tiles.stages}
-
-
-def _or(x: Tensor | None, other: Tensor) -> Tensor:
-    return other if x is None else x
 
 
 def compilations() -> Iterator[Compilation]:
@@ -460,7 +227,7 @@ def _compilations(k: int, v: int, dtype: torch.dtype, wide: bool, every: bool) -
             tiles = _scan_tiles(k, v, dtype, wide, initial or final)
             args = (x, y, x, fp32, cu, fp32, y, y, fp32, *sizes, k, k, v, 0.125)
             constants = _scan_constants(tiles, reverse, initial, states, final)
-            yield from _by_target(f"{label}-{name}", _scan, args, (k, v, 1, 1), dtype, wide, 2, constants)
+            yield from _by_target(f"{label}-{name}", scan, args, (k, v, 1, 1), dtype, wide, 2, constants)
     for label, reverse, groups, decay in (
         ("dq", False, 1, 2),
         ("dk", True, 1, 2),
@@ -473,7 +240,7 @@ def _compilations(k: int, v: int, dtype: torch.dtype, wide: bool, every: bool) -
             tiles = _gradient_tiles(k, v, groups, dtype, wide)
             args = (x, x, x, x, fp32, cu, y, y, y, fp32, *sizes, groups * v, groups * v, k, k, 0.125)
             constants = _gradient_constants(tiles, reverse, 5, decay > 0)
-            yield from _by_target(f"{label}-{name}", _gradient, args, (k, v, 1, groups), dtype, wide, decay, constants)
+            yield from _by_target(f"{label}-{name}", gradient, args, (k, v, 1, groups), dtype, wide, decay, constants)
 
 
 def _by_target(
