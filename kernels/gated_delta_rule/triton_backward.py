@@ -253,9 +253,11 @@ def key_gradients(
                 state = load_tile(states, V, keys, keys < K, columns, V, V % BV == 0)
                 dstate = load_tile(dstates, V, keys, keys < K, columns, V, V % BV == 0)
                 carried += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 0)
-        end_of_chunk = tl.sum(ratio * written, 0) + tl.exp(high_end + low_end) * tl.sum(carried, 0)
-        dgamma = tl.load(sums + Q_DQ * C + c) + k_read - ratio * k_write
-        dgamma = tl.cumsum(dgamma + tl.where(c == C - 1, end_of_chunk, 0.0), 0, reverse=True)
+        # What is written into the leaving state passes the decays after its row, what is carried through passes all.
+        written *= ratio
+        dgamma = tl.load(sums + Q_DQ * C + c) + k_read - (ratio * k_write - written)
+        dgamma += tl.where(c == C - 1, tl.exp(high_end + low_end) * tl.sum(carried, 0), 0.0)
+        dgamma = tl.cumsum(dgamma, 0, reverse=True) + tl.cumsum(written, 0) - written
         tl.store(dg + start * HV + head + c * HV, dgamma.to(dg.dtype.element_ty), mask=here)
     if NORM and K > BK:
         along = k_norm * k_norm * (k_read + ratio * k_write + same * beta * qk)
