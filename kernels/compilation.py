@@ -104,7 +104,7 @@ def _of(op: str) -> list[Compilation]:
 
 def compile_all(work: Iterable[tuple[str, Compilation]], jobs: int) -> Iterator[Compiled]:
     """(target, configuration) pairs -> results as they come, from ``jobs`` processes."""
-    tasks = [(target, entry.op, _of(entry.op).index(entry)) for target, entry in work]
+    tasks = [(target, entry.op, entry.name) for target, entry in work]
     if jobs <= 1:
         yield from (_compile(*task) for task in tasks)
         return
@@ -117,10 +117,10 @@ def applies(entry: Compilation, target: str) -> bool:
     return entry.targets is None or target in entry.targets
 
 
-def _compile(target: str, op: str, index: int) -> Compiled:
-    entry = _of(op)[index]
+def _compile(target: str, op: str, name: str) -> Compiled:
+    entry = next(e for e in _of(op) if e.name == name)
     warps, stages = entry.kwargs.get("num_warps", 4), entry.kwargs.get("num_stages", 3)
-    known = functools.partial(Compiled, op, entry.name, target, warps, stages)
+    known = functools.partial(Compiled, op, name, target, warps, stages)
     start = time.perf_counter()
     _pretend(target)
     try:

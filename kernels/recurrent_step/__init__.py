@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from kernels import dispatch
 from kernels.memory_slots import check_slots
 from kernels.recurrent_step import reference
 from kernels.scan_arguments import check_like, check_scan
+
+MAX_WIDTH = 256  # of K in the Triton form, whose programs hold whole columns
 
 
 def recurrent_step(
@@ -47,6 +51,56 @@ def recurrent_step(
         )
     check_like("g", g, (tuple(v.shape[:3]), tuple(k.shape)))
     check_like("beta", beta, (tuple(v.shape[:3]),))
-    dispatch.choose("recurrent_step", v.device, None)
-    donate = donate and not torch.is_grad_enabled()
-    return reference.step(q, k, v, state, g, beta, scale, index, qk_l2norm, donate)
+    if torch.is_grad_enabled():
+        dispatch.choose("recurrent_step", v.device, None)  # the kernel writes over what a backward would need
+        return reference.step(q, k, v, state, g, beta, scale, index, qk_l2norm, False)
+    dtypes, width = (v.dtype, state.dtype), k.shape[3]
+    if dispatch.choose("recurrent_step", v.device, lambda: _why_not(dtypes, width)) == "reference":
+        return reference.step(q, k, v, state, g, beta, scale, index, qk_l2norm, donate)
+    written = state if donate and state.is_contiguous() else state.clone(memory_format=torch.contiguous_format)
+    run = _traced_step if torch.compiler.is_compiling() else _form().step
+    o = run(q, k, v, written, g, beta, scale, index, qk_l2norm)
+    return o, state.copy_(written) if donate and written is not state else written
+
+
+@torch.library.custom_op("loci::recurrent_step", mutates_args=("state",))
+def _traced_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    qk_l2norm: bool,
+) -> Tensor:
+    return _form().step(q, k, v, state, g, beta, scale, index, qk_l2norm)
+
+
+@_traced_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    qk_l2norm: bool,
+) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _why_not(dtypes: tuple[torch.dtype, ...], width: int) -> str | None:
+    wide = [str(dtype) for dtype in dtypes if dtype not in (torch.float32, torch.float16, torch.bfloat16)]
+    if wide:
+        return f"v or the state is {wide[0]}"
+    return None if width <= MAX_WIDTH else f"K is {width}, above {MAX_WIDTH}"
+
+
+def _form() -> Any:
+    from kernels.recurrent_step import triton
+
+    return triton
