@@ -28,10 +28,10 @@ OPTIONAL = {"triton", "lm_eval", "datasets", "wandb", "transformers", "matplotli
 
 def is_quarantined(module: str) -> bool:
     """Whether a module may need an optional library to be imported at all."""
-    room, *_, last = module.split(".")
-    if room == "kernels" and (last == "triton" or last.startswith("triton_")):
+    parts = module.split(".")
+    if parts[0] == "kernels" and (parts[-1] == "triton" or parts[-1].startswith("triton_")):
         return True
-    return module.split(".")[:2] == ["models", "hf"] or module == "eval.harness"
+    return parts[:2] == ["models", "hf"] or module == "eval.harness"
 
 
 def sources() -> dict[str, Path]:
