@@ -1,4 +1,4 @@
-"""The kernels: a scan over the chunks of a segment, and the gradients of q and k of one chunk. The algebra is that of `reference`."""
+"""The kernels: a scan over the chunks of a segment, and the gradients of q and k of a chunk. The algebra is in ``reference``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def scan(
     """Program (tile of V, value head, segment). Forward x = q, y = k, v = v; in reverse x = k, y = q, v = dO."""
     head, segment = tl.program_id(1), tl.program_id(2)
     live = segment < segments
-    start, end, slot = segment_rows(cu, segment, segments, rows, time, C, VARLEN)
+    found = segment_rows(cu, segment, segments, rows, time, C, VARLEN)
+    start, end, slot = found  # pyright: ignore[reportGeneralTypeIssues]
     length = (end - start).to(tl.int32)
     n = tl.cdiv(length, C)
     c, kk, vv = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
