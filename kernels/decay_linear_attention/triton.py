@@ -149,6 +149,7 @@ class _Call:
         reverse: bool = False,
     ) -> None:
         carries = initial is not None or final is not None
+        initial = None if initial is None else initial.contiguous()
         tiles = _scan_tiles(self.key_width, self.width, v.dtype, self.roomy, carries)
         grid = (triton.cdiv(self.width, tiles.v), self.heads, self.segments + (self.cu is not None))
         # An argument that the kernel does not use is still an argument: out stands for all of them.
