@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode|context|eval [--out FILE]: ratios against peers in one run; bench readme: its tables.
+"""python -m bench kernels|train|decode|context|eval|recall [--out FILE]: ratios against peers in one run; bench readme: its tables.
 
 `bench kernels --compile-only` measures nothing: it compiles every kernel configuration, and exits with 1 if one fails the gate.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import compile as ahead
-from bench import context, decode, evaluation, floors, gpu_layers, gpu_scans, kernels, readme, scans, train
+from bench import context, decode, evaluation, floors, gpu_layers, gpu_scans, kernels, readme, recall, scans, train
 from kernels.compilation import GATED, TARGETS
 from models.errors import UserError, guard
 from training.runlog import environment
@@ -68,12 +68,20 @@ def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, evaluation.table(rows)
 
 
+def run_recall(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    rows = [recall.summarize(run) for run in args.runs or ()]
+    if not rows:
+        raise UserError("recall makes a table of finished runs: give --runs RUN [RUN ...]")
+    return rows, recall.table(rows)
+
+
 BENCHES = {
     "train": run_train,
     "decode": run_decode,
     "context": run_context,
     "kernels": run_kernels,
     "eval": run_eval,
+    "recall": run_recall,
 }
 
 
@@ -100,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", metavar="NAME", help=f"with --compile-only: of {', '.join(TARGETS)}")
     parser.add_argument("--ops", nargs="+", metavar="NAME", help="with --compile-only; default: all that have kernels")
     parser.add_argument("--sample", action="store_true", help=f"one configuration per kernel on targets but {GATED}")
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="with recall: finished runs on a task")
     parser.add_argument("--run", type=Path, help="with readme: take the figures of this finished quick start first")
     args = parser.parse_args(argv)
     if args.what == "readme":

@@ -30,7 +30,8 @@ def test_loads_and_summarises(path: Path):
     cfg = schema.load(path)
     assert cfg.name == path.stem
     assert path.read_text().startswith("# ")
-    vocab = cfg.model.vocab_size or (257 if cfg.data.tokenizer.kind == "bytes" else cfg.data.tokenizer.vocab_size)
+    given = cfg.model.vocab_size or (cfg.data.synthetic and cfg.data.synthetic.vocab_size)
+    vocab = given or (257 if cfg.data.tokenizer.kind == "bytes" else cfg.data.tokenizer.vocab_size)
     model = meta_model(dataclasses.replace(cfg.model, vocab_size=vocab))
     params = count_params(model)
     assert model.cost(cfg.data.seq_len).params == params
@@ -49,15 +50,17 @@ def said(number: str) -> float:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_two_steps(path: Path, tmp_path: Path):
-    """Shrunk by --tiny, on a small text; everything else as shipped."""
-    text = write_text(tmp_path / "text")
+    """Shrunk by --tiny, on a small text or the config's own task; everything else as shipped."""
+    text, has_text = write_text(tmp_path / "text"), schema.load(path).data.synthetic is None
     changes = [f"data.sources=[{{path: '{text}'}}]", "data.tokenizer={kind: bytes}", f"data.cache_dir={tmp_path}/cache"]
+    changes = changes if has_text else []
     result = train(path, "--tiny", *changes, "train.device=cpu", f"out_dir={tmp_path}/runs")
     assert result.code == 0, result.err
     assert result.run == tmp_path / "runs" / f"{path.stem}-tiny"
     assert len(losses(result.run)) in (1, 2)  # log.every is the config's own, and the last step is always logged
     assert steps_saved(result.run)[-1] == 2
-    assert (result.run / "samples.txt").exists()
+    assert (result.run / "samples.txt").exists() == has_text
+    assert bool(list(result.run.glob("eval/*_2.json"))) != has_text
 
 
 def test_a_saved_config_is_the_same_run(tmp_path: Path):
