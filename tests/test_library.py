@@ -1,4 +1,4 @@
-"""`kernels.library.Op`: one forward and one backward, the same in eager code and in a compiled graph; and the chunk table."""
+"""`kernels.library.Op`: one forward and one backward, the same in eager code and in a compiled graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from kernels.library import Op, Tensors
-from kernels.segments import chunk_table, slots, whole_rows
 
 
 def _forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
@@ -137,28 +136,3 @@ def test_neither_autocast_nor_a_graph_reaches_inside():
         (y,) = op(torch.ones(2, requires_grad=True))
     assert y.requires_grad
     assert seen == [(False, False)]
-
-
-@pytest.mark.parametrize("size", [1, 4, 16])
-@pytest.mark.parametrize("lengths", [[5], [0, 3, 0, 0, 9, 16, 0], [0, 0], [1] * 7, [17, 4]], ids=str)
-def test_chunks_cover_every_row_once_in_order(lengths: list[int], size: int):
-    slack = 3
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    rows = int(cu[-1]) + slack
-    table = chunk_table(cu, rows, size)
-    assert len(table.rows) == slots(rows, len(lengths), size)
-    used = int(table.first[-1])
-    assert not table.rows[used:].any()
-    assert (table.segment[used:] == len(lengths)).all()
-    covered = []
-    for segment, start, count in zip(table.segment[:used], table.start[:used], table.rows[:used], strict=True):
-        assert 0 < count <= size
-        assert cu[segment] <= start
-        assert start + count <= cu[segment + 1]
-        covered += range(int(start), int(start + count))
-    assert covered == list(range(int(cu[-1])))
-    assert table.first.diff().tolist() == [-(-n // size) for n in lengths]
-
-
-def test_whole_rows():
-    assert whole_rows(3, 5, "cpu").tolist() == [0, 5, 10, 15]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kernels.library import Tensors
 from kernels.memory_slots import put, take
-from kernels.segments import whole_rows
 
 BLOCK = 1 << 17  # numbers in a block of rows: half a megabyte of fp32
 
@@ -224,3 +223,8 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def whole_rows(batch: int, time: int, device: torch.device | str) -> Tensor:
+    """The ``cu_seqlens`` of B sequences of T rows each: int32 [B+1]."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * time

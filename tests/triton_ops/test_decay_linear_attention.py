@@ -74,3 +74,15 @@ def test_equals_the_definition(shape: str, dtype: torch.dtype, decay: str, devic
     if cu is not None:
         assert not outs[0].flatten(0, 1)[int(cu[-1]) :].any()
         assert not grads["q"].flatten(0, 1)[int(cu[-1]) :].any()
+
+
+def test_states_of_any_layout(device: torch.device):
+    """A transposed state, and a transposed gradient of the final one, are read as what they are."""
+    q, k, v = (torch.randn(1, 20, 2, 32, device=device) for _ in range(3))
+    g = -torch.rand(1, 20, 2, device=device)
+    state, seed = (torch.randn(1, 2, 32, 32, device=device).mT for _ in range(2))
+    inputs, seeds = [q, k, v, g, state], [torch.randn_like(v), seed]
+    outs, grads = run(torch.float32, "triton", inputs, seeds, None)
+    want, want_grads = run(torch.float64, "reference", [x.double() for x in inputs], [s.double() for s in seeds], None)
+    assert all(rel_err(a, b) <= 1e-5 for a, b in zip(outs, want, strict=True))
+    assert all(rel_err(grads[name], ref) <= 1e-5 for name, ref in want_grads.items())
