@@ -6,6 +6,8 @@ tokens do, and matrix products of other shapes differ in their last bits.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ GRID = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 8)]
 @EVERY_RULE
 def test_parallel_is_recurrent_is_naive(rule: str, memories: int, k: int, shared: bool):
     """Outputs and final states, with a projection per memory and with one for all, weights renormalised and plain."""
-    for shared_kv, router_norm in ((False, "topk"), (True, "none")):
+    for shared_kv, router_norm in itertools.product((False, True), ("topk", "none")):
         options = {
             "memories": memories,
             "top_k": k,
@@ -204,11 +206,12 @@ def test_training_and_evaluation_agree(rule: str):
 # -- A9, A10: padding, packing
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rule", [*RULES, "skip"])
-def test_padding_is_nothing(rule: str, side: str):
+def test_padding_is_nothing(rule: str, side: str, train: bool):
     """Also where a rule hands values on past its memory, and nothing between projection and rule makes them zero."""
-    model, x = build(rule, shared_kv=rule == "skip").train(), stream(2, 9)
+    model, x = build(rule, shared_kv=rule == "skip").train(train), stream(2, 9)
     padded, valid = stream(2, 14), torch.zeros(2, 14, dtype=torch.bool)
     place = slice(5, 14) if side == "left" else slice(0, 9)
     padded[:, place], valid[:, place] = x, True
@@ -223,12 +226,13 @@ def test_padding_is_nothing(rule: str, side: str):
         assert_close(memory_of(state), memory_of(pieces(model, x, [9])[1]), "forms")
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @EVERY_RULE
-def test_packed_is_separate(rule: str):
+def test_packed_is_separate(rule: str, train: bool):
     """Documents of 1, fewer than the convolution has taps, and around the size of a chunk; short ones leave memories empty."""
-    model, lengths = build(rule, memories=6).train(), [[1, 3, 63, 33], [64, 0, 1, 35]]
-    x = stream(2, 100)
-    packed, _ = whole(model, x, cu_seqlens=segments(lengths, 100, pad_to=12))
+    model, lengths = build(rule, memories=6).train(train), [[1, 3, 63, 65, 2], [64, 0, 1, 69]]
+    x = stream(2, 134)
+    packed, _ = whole(model, x, cu_seqlens=segments(lengths, 134, pad_to=12))
     for row, documents in enumerate(lengths):
         start = 0
         for n in filter(None, documents):
