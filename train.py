@@ -63,7 +63,8 @@ from training.runlog import (
     write_config,
     write_description,
     write_environment,
-    write_kernels,
+    write_finished,
+    write_outcome,
 )
 
 
@@ -184,7 +185,7 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
     if trace:
         trace.close()
     if log:
-        write_kernels(folder)
+        write_outcome(folder, w.device)
         log.close()
     if skipped:
         say(w, f"{skipped} non-finite steps were skipped")
@@ -386,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped; continue with: python train.py --resume {folder}")
         return 0
     judge(cfg, folder)
+    write_finished(folder)
     print(f"finished: {folder}")
     return 0
 

@@ -132,18 +132,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def check_resumable(before: RunConfig, now: RunConfig) -> None:
     """Raise UserError when a setting differs that may not change on resume."""
-    for key, old in _differences(to_dict(before), to_dict(now)):
-        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
+    for key, old, _ in differences(before, now):
+        if not is_under(key, MAY_CHANGE):
             raise UserError(f"'{key}' may not change on resume (was {old!r}); only these may: {', '.join(MAY_CHANGE)}")
 
 
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """(key path, old value) of every difference between two trees of plain data."""
+def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(key path, old value, new value) of every setting that differs, as plain data."""
+    return _differences(to_dict(before), to_dict(now))
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(k for k in now if k not in before)]:
             yield from _differences(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
     elif before != now:
-        yield where, before
+        yield where, before, now
+
+
+def is_under(key: str, sections: Sequence[str]) -> bool:
+    """Whether a key path is one of these or inside one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def shrink(cfg: RunConfig) -> RunConfig:

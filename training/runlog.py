@@ -89,10 +89,31 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_kernels(run: Path) -> None:
-    """Which kernels ran and why, once that is known."""
+def write_outcome(run: Path, device: torch.device) -> None:
+    """Which kernels ran and why, and the most memory that this process needed, once that is known."""
+    _add_to_environment(run, kernels=_kernels(), peak_memory_bytes=_peak_memory(device))
+
+
+def write_finished(run: Path) -> None:
+    """Mark a run whose last step is done and judged."""
+    _add_to_environment(run, finished=True)
+
+
+def _add_to_environment(run: Path, **facts: Any) -> None:
     path = run / "environment.json"
-    _replace(path, json.dumps({**_read(path), "kernels": _kernels()}, indent=1))
+    _replace(path, json.dumps({**_read(path), **facts}, indent=1))
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes: of tensors on a GPU, of the whole process on a CPU; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _kernels() -> dict[str, Any]:
@@ -239,7 +260,7 @@ class RunLog:
             done = step - self.start
             eta = (now - self.began) / max(1, done) * (self.total - step)
             text = "".join(f"  {k} {v}" for k, v in self.shown.items())
-            print(f"step {step}/{self.total}{text}  eta {_clock(eta)}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.total}{text}  eta {clock(eta)}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -384,7 +405,8 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as a person reads them: m:ss or h:mm:ss."""
     minutes, s = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
