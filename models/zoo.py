@@ -24,6 +24,7 @@ CHANNELS = {
     "swiglu": "models.channels.mlp:SwiGLU",
     "gelu": "models.channels.mlp:Gelu",
     "relu2": "models.channels.mlp:Relu2",
+    "structured_ffn": "models.channels.structured:StructuredFFN",
 }
 MEMORIES: dict[str, str] = {}
 TABLE = {"mixer": MIXERS, "channel": CHANNELS, "memory": MEMORIES}

@@ -20,6 +20,11 @@ def _mom(name: str, rule: dict[str, Any], **options: Any) -> Case:
     return _part("mixer", name, {"kind": "mom", "rule": rule, **options}, nonlinear=("balance",))
 
 
+def _structured(form: str, other_flops: float = 0.0, **options: Any) -> Case:
+    name = f"structured-{form}-{options.get('activation', 'gelu')}"
+    return _part("channel", name, {"kind": "structured_ffn", "form": form, **options}, other_flops=other_flops)
+
+
 EMA = {"kind": "tests.toys:ToyEMA"}
 SLOTS_TOY = {"kind": "tests.toys:ToySlots"}
 BRANCHES_HASH = {"kind": "tests.toy_memory:ToyHashBranches"}
@@ -102,6 +107,14 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _part("channel", "gelu-tanh", {"kind": "gelu", "hidden": 9, "approximate": "tanh"}),
     ],
     ("channel", "relu2"): [_part("channel", "relu2", {"kind": "relu2", "ratio": 2})],
+    ("channel", "structured_ffn"): [
+        _structured("low_rank", rank=5),
+        _structured("block_dense", rank=6, blocks=2, bias=True),
+        _structured("block_shuffle", hidden=24, blocks=4, activation="relu2"),
+        _structured("block_shuffle", hidden=12, blocks=2, activation="swiglu"),
+        # two layers, two products each way: 3 stacks of 16 up (4 levels), one of 64 down (6 levels); 4 FLOPs an entry and level
+        _structured("butterfly", hidden=40, products=2, other_flops=2 * 2 * 4 * (3 * 16 * 4 + 64 * 6)),
+    ],
 }
 
 # A kind that nobody wrote a case for signs with its defaults, shrunk: the line in the zoo is enough.
