@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import UserError, nearest
 from models.lm import LM
@@ -16,6 +16,8 @@ from models.rows import RowStore
 from models.types import ParamMeta, RowReset
 from training import schedule
 from training.muon import Muon
+
+VALUE = "value"  # in the state of a guest: the parameter itself
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,28 @@ class Optimizer:
 
     def __init__(self, model: LM, cfg: OptimConfig) -> None:
         self.cfg = cfg
-        self.params = dict(model.named_parameters())
-        self.meta = model.meta()
         self.tables = model.tables()
         self.table_steps = 0
         self.frozen: set[str] = set()  # tables that do not learn, as parameters without requires_grad do not
-        self.muon_names = [n for n in self.params if cfg.muon and _takes_muon(self.meta[n], self.params[n])]
+        self.guests: set[str] = set()  # names of parameters that learn here without being part of the model
+        self.absent: dict[str, Tensor] = {}  # what a checkpoint holds of guests that have not joined yet
         self.muon = Muon(cfg.muon_momentum)
+        self.base_lr = cfg.lr
+        self._place(dict(model.named_parameters()), model.meta())
+
+    def _place(self, params: dict[str, nn.Parameter], meta: dict[str, ParamMeta]) -> None:
+        """Give every parameter its place in Muon or in a group of AdamW, without moments."""
+        cfg = self.cfg
+        self.params, self.meta = params, meta
+        self.muon_names = [n for n in params if cfg.muon and _takes_muon(meta[n], params[n])]
         groups: dict[tuple[float, bool], list[str]] = {}
-        for name in self.params.keys() - set(self.muon_names):
-            groups.setdefault((self.meta[name].lr_mult, self.meta[name].decay), []).append(name)
+        for name in params.keys() - set(self.muon_names):
+            groups.setdefault((meta[name].lr_mult, meta[name].decay), []).append(name)
         self.groups = {key: sorted(names) for key, names in sorted(groups.items())}
         self.adamw = torch.optim.AdamW(
             [
                 {
-                    "params": [self.params[n] for n in names],
+                    "params": [params[n] for n in names],
                     "lr_mult": lr_mult,
                     "weight_decay": cfg.weight_decay * decay,
                 }
@@ -80,9 +89,33 @@ class Optimizer:
             lr=cfg.lr,
             betas=(cfg.betas[0], cfg.betas[1]),
             eps=cfg.eps,
-            fused=all(p.dtype.is_floating_point and p.device.type in ("cpu", "cuda") for p in self.params.values()),
+            fused=all(p.dtype.is_floating_point and p.device.type in ("cpu", "cuda") for p in params.values()),
         )
-        self.base_lr = cfg.lr
+
+    def join(self, params: Mapping[str, nn.Parameter], meta: Mapping[str, ParamMeta]) -> None:
+        """Let parameters that are no part of the model learn with it, until they `leave`.
+
+        Their values are saved with the moments. After a resume they take both from the checkpoint when they join.
+        """
+        kept = {**self.state_dict(), **self.absent}
+        self.guests |= params.keys()
+        self._replace({**self.params, **params}, {**self.meta, **meta}, kept)
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Forget guests, their moments, and what a checkpoint held of them; everything else keeps its state."""
+        gone = set(names) & (self.guests | {_owner(key) for key in self.absent})
+        if not gone:
+            return
+        kept = {key: t for key, t in {**self.state_dict(), **self.absent}.items() if _owner(key) not in gone}
+        self.guests -= gone
+        params, meta = ({n: x for n, x in held.items() if n not in gone} for held in (self.params, self.meta))
+        self._replace(params, meta, kept)
+
+    def _replace(self, params: Any, meta: Any, state: Mapping[str, Tensor]) -> None:
+        """Take other parameters, with the state of those that stay."""
+        self._place(params, meta)
+        self.load_state_dict(state, self.scalars())
+        self.set_lr(self.base_lr)
 
     def set_lr(self, lr: float) -> None:
         """The base rate of the next step; every group applies its own multiple."""
@@ -153,7 +186,8 @@ class Optimizer:
     # -- checkpoint: tensors by name, and plain numbers
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"{name}/{key}": t for name in self.params for key, t in self._moments(name).items()}
+        moments = {f"{name}/{key}": t for name in self.params for key, t in self._moments(name).items()}
+        return moments | {f"{name}/{VALUE}": self.params[name].detach() for name in sorted(self.guests)}
 
     def scalars(self) -> dict[str, Any]:
         return {"table_steps": self.table_steps}
@@ -161,14 +195,17 @@ class Optimizer:
     def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], strict: bool = True) -> None:
         """Replace all state. ``strict=False`` passes over moments of parameters that are gone or changed optimizer.
 
-        Parameters without stored moments start without. Raises UserError for state that has no place.
+        Parameters without stored moments start without; guests that have not joined yet are waited for. Raises UserError
+        for state that has no place.
         """
         self.adamw.state.clear()
         self.muon.state.clear()
+        waiting = {_owner(key) for key in tensors if key.endswith(f"/{VALUE}")} - self.guests
+        self.absent = {key: t for key, t in tensors.items() if _owner(key) in waiting}
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            name, _, moment = key.rpartition("/")
-            by_name.setdefault(name, {})[moment] = tensor
+            if key not in self.absent:
+                by_name.setdefault(_owner(key), {})[key.rpartition("/")[2]] = tensor
         unknown = sorted(by_name.keys() - self.params.keys())
         if strict and unknown:
             raise UserError(
@@ -176,6 +213,11 @@ class Optimizer:
             )
         for name in sorted(by_name.keys() - set(unknown)):
             p, moments = self.params[name], by_name[name]
+            value = moments.pop(VALUE, None)
+            if value is not None:
+                p.data.copy_(value)
+            if not moments:
+                continue
             takes_muon = name in self.muon_names
             if takes_muon != ("momentum" in moments):
                 if strict:
@@ -186,6 +228,11 @@ class Optimizer:
                 fused = self.adamw.defaults["fused"]
                 self.adamw.state[p] = {k: t.to(p.device) if t.ndim or fused else t for k, t in moments.items()}
         self.table_steps = scalars.get("table_steps", 0)
+
+
+def _owner(key: str) -> str:
+    """The parameter that an entry of the state dict belongs to."""
+    return key.rpartition("/")[0]
 
 
 def _takes_muon(meta: ParamMeta, p: Tensor) -> bool:
