@@ -104,7 +104,7 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
             write_config(folder, to_dict(cfg))
             write_environment(folder)
     else:
-        folder = describe(cfg, w, data, model)
+        folder = describe(cfg, w, data, model, interventions.notes(intervene, t.steps, model))
     tokens_per_step = t.batch_size * d.seq_len
     log = RunLog(folder, t.steps, start, tokens_per_step, cfg.log, to_dict(cfg)) if w.is_main else None
     flops = 3 * model.cost(d.seq_len).flops_per_token
@@ -269,9 +269,9 @@ def complete(cfg: RunConfig, data: Corpus | Synthetic) -> RunConfig:
     return dataclasses.replace(cfg, model=model)
 
 
-def describe(cfg: RunConfig, w: World, data: Corpus | Synthetic, model: LM) -> Path:
+def describe(cfg: RunConfig, w: World, data: Corpus | Synthetic, model: LM, notes: list[str]) -> Path:
     """Make the run folder and write into it what the run is. Everything that can be refused was refused before."""
-    text = summary(model, cfg.data.seq_len)
+    text = "\n".join([summary(model, cfg.data.seq_len), *notes])
     say(w, text)
 
     def write() -> Path:

@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from models import zoo
+from models.channels.structured import Guide, Structured
 from models.errors import UserError, nearest
 from models.lm import LM
 from models.parsing import from_dict
+from models.types import ParamMeta
 from training.optim import Optimizer
 
 Intervention = Callable[[int, int, LM, Optimizer], None]  # (step, total, model, optimizer)
@@ -31,7 +38,83 @@ class Unfreeze:
         set_learning(optim, _matching(optim, self.pattern, "unfreeze"), step >= self.at)
 
 
-KINDS: dict[str, type] = {"unfreeze": Unfreeze}
+@dataclass(frozen=True)
+class SelfGuided:
+    """Structured matrices learn beside a dense one that fades out (self-guided training, arXiv:2406.16450).
+
+    In step t of the first ``T = until``, every structured matrix S computes a W x + (1 - a) S x, a = (1 + cos(pi t / T)) / 2, with a
+    dense W that learns and starts as S. In step T the dense matrices leave, their moments with them. They belong to training,
+    not to the model: until then they are kept in the optimizer's part of a checkpoint, and whoever loads the model gets the
+    structured matrices alone. A dense matrix learns when its structured one does.
+
+    ``reduce_flop``: W takes part only with probability a, otherwise the output is S x. It is drawn for each matrix and step, alike
+    for all micro-batches and ranks (the paper draws in every forward); a compiled model is compiled anew for each new draw.
+    """
+
+    kind: str = "self_guided"
+    until: float = 0.5  # steps, or a share of the run when below 1
+    reduce_flop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.until <= 0:
+            raise UserError(f"until must be above 0, got {self.until:g}")
+
+    def steps(self, total: int) -> int:
+        """The number T of guided steps. Raises UserError unless steps without guidance follow them."""
+        steps = max(1, round(self.until * total)) if self.until < 1 else round(self.until)
+        if steps >= total:
+            raise UserError(
+                f"self_guided: {steps} guided steps leave none for the structured matrices alone in {total}"
+            )
+        return steps
+
+    def __call__(self, step: int, total: int, model: LM, optim: Optimizer) -> None:
+        maps, steps = _structured(model), self.steps(total)
+        if step >= steps:
+            optim.leave(f"{name}.guide" for name in maps)
+            for m in maps.values():
+                m.guide = None
+            return
+        _guide({name: m for name, m in maps.items() if m.guide is None}, optim)
+        share = (1 + math.cos(math.pi * step / steps)) / 2
+        for name, m in maps.items():
+            assert m.guide is not None
+            m.guide.share.fill_(share)
+            m.guide.used = not self.reduce_flop or random.Random(f"{step} {name}").random() < share
+            m.guide.weight.requires_grad_(m.guide.used and any(p.requires_grad for p in m.parameters()))
+
+    def note(self, total: int, model: LM) -> str:
+        """What it costs, beside the model's own summary."""
+        sizes = [m.d_in * m.d_out for m in _structured(model).values()]
+        steps = self.steps(total)
+        mean = (2 * sum(sizes) * steps / total) * (0.5 if self.reduce_flop else 1.0)
+        return (
+            f"self_guided  {len(sizes)} dense matrices of {sum(sizes):,} parameters in the first {steps} of {total} steps: "
+            f"{2 * sum(sizes) / 1e6:.4g} MFLOP per token forward while used, {mean / 1e6:.4g} in the mean of the run"
+        )
+
+
+def _structured(model: LM) -> dict[str, Structured]:
+    """Every structured matrix of a model by name. Raises UserError if there is none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Structured)}
+    if not found:
+        raise UserError("self_guided: no structured matrix in this model; a channel of kind structured_ffn has some")
+    return found
+
+
+@torch.no_grad()
+def _guide(maps: dict[str, Structured], optim: Optimizer) -> None:
+    """Put a dense matrix, equal to it, beside each structured one; or the one that a checkpoint holds."""
+    if not maps:
+        return
+    weights = {f"{name}.guide": nn.Parameter(m.dense()) for name, m in maps.items()}
+    optim.join(weights, dict.fromkeys(weights, ParamMeta()))
+    for name, m in maps.items():
+        weight: Tensor = weights[f"{name}.guide"]
+        m.guide = Guide(weight, torch.ones_like(weight[0, 0]))
+
+
+KINDS: dict[str, type] = {"unfreeze": Unfreeze, "self_guided": SelfGuided}
 
 
 def build(configs: Sequence[Any]) -> list[Intervention]:
@@ -48,6 +131,11 @@ def build(configs: Sequence[Any]) -> list[Intervention]:
             raise UserError(f"{where}: unknown intervention '{kind}'{nearest(kind, KINDS)}")
         made.append(from_dict(cls, raw, where))
     return made
+
+
+def notes(changes: Sequence[Intervention], total: int, model: LM) -> list[str]:
+    """What interventions have to say before a run of ``total`` steps. Raises UserError for one that cannot do its work."""
+    return [note(total, model) for change in changes if (note := getattr(change, "note", None))]
 
 
 def _foreign(kind: str, where: str) -> type:
