@@ -19,7 +19,7 @@ class Op:
     """``op(*tensors, options=(...), backend=...) -> outputs``.
 
     ``forward(tensors, options, backend) -> [*outputs, *saved]``; the first ``outputs`` results are what a caller gets, the
-    others are kept for the backward (fresh tensors, never views of the inputs).
+    others are kept for the backward (fresh tensors, never views of the inputs), and after them the outputs that ``also`` numbers.
     ``backward(tensors, saved, grads, needs, options, backend) -> [gradient or None]``, one per tensor: ``needs`` says which
     are wanted, ``grads`` are those of the outputs, None where nobody used one.
     ``fake(tensors, options, backend)``: results of forward in the right shape and dtype, computing nothing.
@@ -34,8 +34,10 @@ class Op:
         backward: Callable[[Tensors, Sequence[Tensor], Tensors, Sequence[bool], Sequence[float], str], Tensors],
         fake: Callable[[Tensors, Sequence[float], str], list[Tensor]],
         outputs: int,
+        also: Sequence[int] = (),
     ) -> None:
         self.forward, self.backward, self.fake, self.outputs = _plain(forward), _plain(backward), fake, outputs
+        self._also = tuple(also)
         self._traced_forward, self._traced_backward = self._register(name)
 
     def __call__(
@@ -47,6 +49,10 @@ class Op:
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
             return tuple(self.forward(tensors, options, backend)[: self.outputs])
         return _Eager.apply(self, options, backend, *tensors)  # pyright: ignore[reportReturnType]
+
+    def saved(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Of all results of forward, what the backward gets."""
+        return [*results[self.outputs :], *(results[i] for i in self._also)]
 
     def _traced(self, tensors: Tensors, options: list[float], backend: str) -> list[Tensor]:
         present = [t is not None for t in tensors]
@@ -100,7 +106,7 @@ class Op:
         def setup(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
             tensors, ctx.present, ctx.options, ctx.backend = inputs
             ctx.count = len(tensors)
-            ctx.save_for_backward(*tensors, *output[self.outputs :])
+            ctx.save_for_backward(*tensors, *self.saved(output))
 
         def grad(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
             kept = ctx.saved_tensors
@@ -127,7 +133,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Op, options: Sequence[float], backend: str, *tensors: Tensor | None) -> Any:
         results = op.forward(tensors, options, backend)
-        outputs, saved = results[: op.outputs], results[op.outputs :]
+        outputs, saved = results[: op.outputs], op.saved(results)
         ctx.op, ctx.options, ctx.backend, ctx.saved = op, options, backend, len(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *tensors)
