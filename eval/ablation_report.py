@@ -1,0 +1,580 @@
+"""What the runs of a question say, from their folders alone: means, paired differences, costs, and what is missing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs import schema
+from configs.schema import RunConfig
+from eval.ablation import MAY_DIFFER, MIN_SEEDS, Metric, Question, cost, other_setting
+from eval.report import SMOOTH, read_metrics, smooth
+from eval.statistics import Comparison, compare, mean_and_sd
+from eval.tables import markdown
+from models.errors import UserError
+from models.match import BUDGETS
+from models.parsing import to_dict
+from models.summary import describe
+
+QUEUE = "queue"  # the folder beside the run folders where `ablate.py` keeps what it started and how that ended
+EQUAL = 0.01  # budgets that differ by at most this share are called equal
+BUDGET_NAMES = {"params": "parameters", "flops_per_token": "FLOPs", "state_bytes": "state"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one run needed; of a model at the length it is trained at, its state in fp32."""
+
+    params: int
+    active_params: int
+    flops_per_token: float  # forward
+    state_bytes: float
+    tokens: int
+    training_flops: float  # 3 x forward x tokens
+    tokens_per_s: float | None  # median over the run
+    peak_memory_bytes: int | None  # of tensors on a GPU, of the process on a CPU
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One variant with one seed: what its folder holds."""
+
+    variant: str
+    seed: int
+    state: str  # finished | unfinished | failed | missing
+    why: str = ""  # where it is, and what went wrong
+    values: dict[str, float] = field(default_factory=dict)  # by path of the metric
+    costs: Costs | None = None
+    config: RunConfig | None = None
+
+
+def run_name(variant: str, seed: int) -> str:
+    """Of the run's folder."""
+    return f"{variant}-s{seed}"
+
+
+# -- one run
+
+
+def read_run(folder: Path, variant: str, seed: int, metrics: Sequence[Metric]) -> RunResult:
+    """From its folder and, of a failure, what `ablate.py` noted."""
+    run = folder / run_name(variant, seed)
+    status = read_status(folder, run.name)
+    failure = status.get("error", "") if status.get("ended") == "failed" else ""
+    if not (run / "config.yaml").is_file():
+        return RunResult(variant, seed, "failed" if failure else "missing", failure or "no run folder")
+    cfg = schema.load(run / "config.yaml")
+    environment = _read(run / "environment.json")
+    step = last_step(run)
+    if not environment.get("finished") or step < cfg.train.steps:
+        where = f"step {step} of {cfg.train.steps}"
+        return RunResult(
+            variant,
+            seed,
+            "failed" if failure else "unfinished",
+            f"{where}: {failure}" if failure else where,
+            config=cfg,
+        )
+    values, problems = {}, []
+    for metric in metrics:
+        try:
+            values[metric.path] = metric.read(run, cfg.train.steps)
+        except UserError as error:
+            problems.append(str(error))
+    return RunResult(variant, seed, "finished", "; ".join(problems), values, _costs(run, cfg, environment), cfg)
+
+
+def read_status(folder: Path, name: str) -> dict[str, Any]:
+    """How the last process of a run ended, as `ablate.py` noted it; nothing where it did not."""
+    return _read(folder / QUEUE / f"{name}.json")
+
+
+def last_step(run: Path) -> int:
+    """The newest step that is logged, from the end of the file alone; 0 before the first."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - (1 << 16)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # torn, or cut by the seek
+    return 0
+
+
+def _costs(run: Path, cfg: RunConfig, environment: dict[str, Any]) -> Costs:
+    one, metrics = cost(cfg), read_metrics(run)
+    tokens = max((m["tokens"] for m in metrics if "tokens" in m), default=0)
+    speeds = [m["tokens_per_s"] for m in metrics if m.get("tokens_per_s")]
+    peaks = [e.get("peak_memory_bytes") or 0 for e in (environment, *environment.get("earlier", []))]
+    return Costs(
+        one.params,
+        one.active_params,
+        one.flops_per_token,
+        one.state_bytes,
+        tokens,
+        3 * one.flops_per_token * tokens,
+        statistics.median(speeds) if speeds else None,
+        max(peaks) or None,
+        environment.get("device", ""),
+        environment.get("threads", 0),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# -- all runs
+
+
+class Line(NamedTuple):
+    """One variant by one metric."""
+
+    metric: Metric
+    variant: str
+    values: list[float]
+    comparison: Comparison | None  # with the baseline; None of the baseline itself, and below two shared seeds
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a question: every run, and each variant by each metric."""
+
+    question: Question
+    seeds: tuple[int, ...]
+    runs: list[RunResult]
+    lines: list[Line]
+    not_counted: list[str]  # folders of seeds that were not asked for
+
+    def costs(self, variant: str) -> Costs | None:
+        """Of the variant's finished runs: alike but for speed (the mean) and memory (the most)."""
+        found = [r.costs for r in self.runs if r.variant == variant and r.costs]
+        if not found:
+            return None
+        speeds = [c.tokens_per_s for c in found if c.tokens_per_s]
+        peaks = [c.peak_memory_bytes for c in found if c.peak_memory_bytes]
+        return Costs(
+            **asdict(found[0])
+            | {
+                "tokens_per_s": statistics.fmean(speeds) if speeds else None,
+                "peak_memory_bytes": max(peaks, default=None),
+            }
+        )
+
+
+def answer(question: Question, folder: Path, seeds: Sequence[int]) -> Answer:
+    """Read every run of ``folder`` and compare. Raises UserError where two runs of a variant differ in more than their seed."""
+    metrics = [m for m in question.metrics if isinstance(m, Metric)]
+    runs = [read_run(folder, variant, seed, metrics) for seed in seeds for variant in question.variants]
+    for variant in question.variants:
+        _must_be_alike([r for r in runs if r.variant == variant])
+    wanted = {run_name(v, s) for v in question.variants for s in seeds}
+    others = [p.name for v in question.variants for p in sorted(folder.glob(f"{v}-s*")) if p.name not in wanted]
+    found = Answer(question, tuple(seeds), runs, [], [n for n in others if n.rpartition("-s")[2].isdigit()])
+    found.lines.extend(_lines(found, metrics))
+    return found
+
+
+def _must_be_alike(runs: Sequence[RunResult]) -> None:
+    for first, other in itertools.pairwise(r for r in runs if r.config):
+        if first.config and other.config and (what := other_setting(first.config, other.config)):
+            here, there = run_name(other.variant, other.seed), run_name(first.variant, first.seed)
+            raise UserError(f"{here} and {there} are not runs of one variant: {what}")
+
+
+def _lines(found: Answer, metrics: Sequence[Metric]) -> Iterator[Line]:
+    """Everything is one family of comparisons: all variants by all metrics."""
+    question = found.question
+    values = {
+        (m.path, v): {r.seed: r.values[m.path] for r in found.runs if r.variant == v and m.path in r.values}
+        for m in metrics
+        for v in question.variants
+    }
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for (path, variant), own in values.items():
+        if variant != question.baseline:
+            base = values[path, question.baseline]
+            pairs[path, variant] = [own[s] - base[s] for s in found.seeds if s in own and s in base]
+    enough = {key: d for key, d in pairs.items() if len(d) > 1}
+    compared = dict(zip(enough, compare(list(enough.values()), question.alpha), strict=True))
+    for metric in metrics:
+        for variant in question.variants:
+            key = metric.path, variant
+            said = ""
+            if variant != question.baseline:
+                costs = found.costs(variant), found.costs(question.baseline)
+                names = variant, question.baseline
+                said = sentence(metric, names, costs, compared.get(key), len(pairs[key]), len(found.seeds))
+            yield Line(metric, variant, list(values[key].values()), compared.get(key), said)
+
+
+# -- in words
+
+
+def is_shown(c: Comparison | None) -> bool:
+    """Whether a difference may be claimed: enough seeds, and a corrected interval without zero."""
+    return c is not None and c.n >= MIN_SEEDS and c.excludes_zero
+
+
+def sentence(
+    metric: Metric,
+    names: tuple[str, str],
+    costs: tuple[Costs | None, Costs | None],
+    c: Comparison | None,
+    n: int,
+    planned: int,
+) -> str:
+    """ "B beats A by 0.031 ± 0.006 nats (val/loss) at equal parameters, n=5", or that this is not shown.
+
+    ``names`` and ``costs``: of the variant and of the baseline. ``n`` of ``planned`` seeds gave a pair.
+    """
+    seeds = f"n={n}" if n == planned else f"n={n} of {planned} seeds"
+    variant, baseline = names
+    if c is None:
+        return f"{variant} and {baseline} cannot be compared by {metric.path} ({seeds}: two pairs are the least)"
+    unit = f" {metric.unit}" if metric.unit else ""
+    if not is_shown(c):
+        few = f"; a claim needs {MIN_SEEDS}" if c.n < MIN_SEEDS else ""
+        return (
+            f"no difference shown between {variant} and {baseline}: "
+            f"{measured(c.mean, c.half, sign=True)}{unit} ({metric.path}), {seeds}{few}"
+        )
+    better = (c.mean > 0) == metric.more_is_better
+    winner, loser = names if better else names[::-1]
+    budget = at_budget(*(costs if better else costs[::-1]))
+    return f"{winner} beats {loser} by {measured(abs(c.mean), c.half)}{unit} ({metric.path}){budget}, {seeds}"
+
+
+def measured(mean: float, half: float, sign: bool = False) -> str:
+    """A mean with its half-width, both to two digits of the latter."""
+    digits = 2
+    if half > 0:
+        digits = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:{'+' if sign else ''}z.{digits}f} ± {half:.{digits}f}"
+
+
+def at_budget(ours: Costs | None, theirs: Costs | None) -> str:
+    """How the winner's budget compares with the loser's."""
+    if ours is None or theirs is None:
+        return ""
+    equal, unequal = [], []
+    for key, name in BUDGET_NAMES.items():
+        a, b = getattr(ours, key), getattr(theirs, key)
+        if abs(a - b) <= EQUAL * b:
+            equal.append(name)
+        elif b:
+            unequal.append(f"{name} x {a / b:.3g}")
+    at = f" at equal {_and(equal)}" if equal else ""
+    return at + (f"{',' if at else ''} with {_and(unequal)}" if unequal else "")
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+# -- tables
+
+
+def render(found: Answer) -> str:
+    """The whole report as Markdown."""
+    question = found.question
+    parts = [f"# {question.name}", question.text, _protocol(found)]
+    for metric in dict.fromkeys(line.metric for line in found.lines):
+        lines = [line for line in found.lines if line.metric is metric]
+        parts += [f"## {metric.path}, {_direction(metric)}", _quality(found, lines)]
+        parts.append("\n".join(f"- {line.sentence}" for line in lines if line.sentence))
+    parts += ["## What it costs", _cost_table(found)]
+    parts += [f"Changes to the baseline:\n\n{_changes(found)}"]
+    if trouble := _trouble(found):
+        parts += ["## Runs that are not in the tables", trouble]
+    return "\n\n".join(p for p in parts if p)
+
+
+def _direction(metric: Metric) -> str:
+    unit = f"{metric.unit}, " if metric.unit else ""
+    return f"{unit}{'more' if metric.more_is_better else 'less'} is better"
+
+
+def _protocol(found: Answer) -> str:
+    finished = sum(r.state == "finished" for r in found.runs)
+    count = sum(line.comparison is not None for line in found.lines)
+    level = f"{100 * (1 - found.question.alpha):g}%"
+    return (
+        f"{finished} of {len(found.runs)} runs finished: {len(found.question.variants)} variants, seeds "
+        f"{', '.join(map(str, found.seeds))}. A seed gives every variant the same data in the same order. Differences are "
+        f"to {found.question.baseline}, paired by seed; intervals (±) and p are of paired t tests, corrected by Holm's "
+        f"procedure for {count} comparisons at {level} together. A difference is claimed from {MIN_SEEDS} seeds on and "
+        "where its interval excludes zero; that holds for a number of seeds that was fixed beforehand."
+    )
+
+
+def _quality(found: Answer, lines: Sequence[Line]) -> str:
+    rows = []
+    for line in lines:
+        mean, sd = mean_and_sd(line.values) if line.values else (None, None)
+        row: list[Any] = [line.variant, len(line.values), mean, sd]
+        c = line.comparison
+        if c is not None:
+            row += [f"{c.mean:+.4g} ± {c.half:.2g}", f"{c.effect:+.2f}", f"{c.p_holm:.2g}", _verdict(line)]
+        else:
+            row += [None, None, None, "baseline" if line.variant == found.question.baseline else None]
+        rows.append(row)
+    return markdown(("variant", "n", "mean", "sd", "difference", "effect (d)", "p, corrected", "verdict"), rows)
+
+
+def _verdict(line: Line) -> str:
+    c = line.comparison
+    if c is None:
+        return ""
+    if not is_shown(c):
+        return "no difference shown"
+    return "better" if (c.mean > 0) == line.metric.more_is_better else "worse"
+
+
+def _cost_table(found: Answer) -> str:
+    head = ("variant", "parameters", "active", "FLOPs/token", "state bytes", "tokens", "training FLOPs")
+    rows: list[list[Any]] = []
+    for variant in found.question.variants:
+        c = found.costs(variant)
+        if c is None:
+            rows.append([variant, *[None] * 10])
+            continue
+        counts = [c.params, c.active_params, round(c.flops_per_token), round(c.state_bytes), c.tokens]
+        speed = c.tokens_per_s and round(c.tokens_per_s)
+        memory = c.peak_memory_bytes and c.peak_memory_bytes / 2**20
+        where = f"{c.device}, {c.threads} threads"
+        rows.append(
+            [
+                variant,
+                *counts,
+                f"{c.training_flops:.3g}",
+                speed,
+                memory and round(memory),
+                where,
+                _matched(found, variant),
+            ]
+        )
+    return markdown((*head, "tokens/s", "peak MiB", "on", "matched"), rows)
+
+
+def _matched(found: Answer, variant: str) -> str | None:
+    """What was made equal, and by how much it misses."""
+    rule, own = found.question.variants[variant], found.costs(variant)
+    to = found.costs(rule.to) if rule.to else None
+    if own is None or to is None:
+        return None
+    a, b = (getattr(c, BUDGETS[rule.on]) for c in (own, to))
+    return f"{rule.on} of {rule.to} by {rule.vary}: {100 * (a / b - 1):+.2f}%" if b else None
+
+
+def _changes(found: Answer) -> str:
+    """What the configs of the runs say: every setting in which a variant differs from the baseline."""
+    configs = {r.variant: r.config for r in reversed(found.runs) if r.config}
+    base = configs.get(found.question.baseline)
+    lines = []
+    for variant, own in configs.items() if base else ():
+        if variant != found.question.baseline:
+            settings = [
+                f"`{key}`: {value}" for key, value in _settings(base, own) if not schema.is_under(key, MAY_DIFFER)
+            ]
+            lines.append(f"- {variant}: {'; '.join(settings) or 'none'}")
+    return "\n".join(sorted(lines)) or "- not known yet"
+
+
+def _settings(base: Any, own: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """(key path, new value) of two trees of dataclasses; a part of another kind is one value."""
+    if is_dataclass(base) and type(base) is type(own):
+        pairs = {f.name: (getattr(base, f.name), getattr(own, f.name)) for f in fields(base)}
+    elif isinstance(base, dict) and isinstance(own, dict):
+        pairs = {key: (base.get(key), own.get(key)) for key in {**base, **own}}
+    else:
+        if base != own:
+            yield where, describe(own) if hasattr(own, "kind") else json.dumps(to_dict(own))
+        return
+    for key, (old, new) in pairs.items():
+        yield from _settings(old, new, f"{where}.{key}" if where else str(key))
+
+
+def _trouble(found: Answer) -> str:
+    rows = [(run_name(r.variant, r.seed), r.state, r.why) for r in found.runs if r.state != "finished" or r.why]
+    notes = [markdown(("run", "state", "why"), rows)] if rows else []
+    if found.not_counted:
+        notes.append(f"Of seeds that were not asked for, so not counted: {', '.join(found.not_counted)}.")
+    return "\n\n".join(notes)
+
+
+# -- files
+
+
+def write_report(found: Answer, out: Path) -> str:
+    """``report.md``, ``report.csv``, ``report.json`` and, with finished runs, ``quality.png`` and ``loss.png`` -> the Markdown."""
+    text = render(found)
+    drawn = any(r.costs for r in found.runs)
+    pictures = "\n\n![quality](quality.png)\n\n![loss](loss.png)" if drawn else ""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").write_text(f"{text}{pictures}\n", encoding="utf-8")
+        (out / "report.csv").write_text(_sheet(found), encoding="utf-8")
+        (out / "report.json").write_text(json.dumps(_plain(found), indent=1) + "\n", encoding="utf-8")
+        if drawn:
+            plot_quality(found, out / "quality.png")
+            plot_losses(found, out.parent, out / "loss.png")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    return text
+
+
+def _sheet(found: Answer) -> str:
+    """A row for every metric and variant: quality, then costs."""
+    statistics_ = ("mean_difference", "sd_of_differences", "effect", "p", "p_holm", "low", "high")
+    costs = tuple(Costs.__dataclass_fields__)
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerow(("metric", "variant", "n", "mean", "sd", *statistics_, "verdict", *costs))
+    for line in found.lines:
+        mean, sd = mean_and_sd(line.values) if line.values else (None, None)
+        compared = line.comparison[1:] if line.comparison else [None] * len(statistics_)
+        known = found.costs(line.variant)
+        spent = asdict(known).values() if known else [None] * len(costs)
+        writer.writerow([line.metric.path, line.variant, len(line.values), mean, sd, *compared, _verdict(line), *spent])
+    return sheet.getvalue()
+
+
+def _plain(found: Answer) -> dict[str, Any]:
+    question = found.question
+    return {
+        "question": question.name,
+        "text": question.text,
+        "baseline": question.baseline,
+        "alpha": question.alpha,
+        "seeds": list(found.seeds),
+        "results": [
+            {
+                "metric": line.metric.path,
+                "variant": line.variant,
+                "n": len(line.values),
+                "mean": mean_and_sd(line.values)[0] if line.values else None,
+                "sd": mean_and_sd(line.values)[1] if line.values else None,
+                "comparison": _finite(line.comparison._asdict()) if line.comparison else None,
+                "verdict": _verdict(line),
+                "sentence": line.sentence,
+            }
+            for line in found.lines
+        ],
+        "costs": {v: asdict(c) if (c := found.costs(v)) else None for v in question.variants},
+        "matched": {v: _matched(found, v) for v in question.variants},
+        "runs": [
+            {"run": run_name(r.variant, r.seed), **{k: getattr(r, k) for k in ("state", "why", "values")}}
+            | {"variant": r.variant, "seed": r.seed}
+            for r in found.runs
+        ],
+    }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+# -- plots
+
+
+def plot_quality(found: Answer, path: Path) -> None:
+    """The first metric against parameters, state and compute: a point for each variant, its bar one standard deviation."""
+    metric = found.lines[0].metric
+    figure = _figure(12, 4)
+    panels = figure.subplots(1, 3, sharey=True)
+    known = [(line, c) for line in found.lines if line.metric is metric and (c := found.costs(line.variant))]
+    axes_of = {"params": "parameters", "state_bytes": "state (bytes)", "flops_per_token": "FLOPs per token"}
+    for axes, (key, label) in zip(panels, axes_of.items(), strict=True):
+        for i, (line, costs) in enumerate(known):
+            if line.values:
+                mean, sd = mean_and_sd(line.values)
+                x = getattr(costs, key)
+                axes.errorbar(x, mean, yerr=sd or 0, fmt="o", capsize=3, color=f"C{i % 10}", label=line.variant)
+        axes.set(xlabel=label)
+        _plain_axes(axes)
+        _scale(axes, [getattr(c, key) for _, c in known])
+    panels[0].set(ylabel=f"{metric.path} ({_direction(metric)})")
+    if any(line.values for line, _ in known):
+        panels[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(str(path))
+
+
+def plot_losses(found: Answer, folder: Path, path: Path) -> None:
+    """Training loss against tokens: the mean over the finished runs of a variant, between the lowest and the highest."""
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    for i, variant in enumerate(found.question.variants):
+        runs = [run_name(variant, r.seed) for r in found.runs if r.variant == variant and r.costs]
+        curves = [dict(_curve(folder / run)) for run in runs]
+        shared = sorted(set.intersection(*map(set, curves))) if curves else []
+        if not shared:
+            continue
+        losses = np.array([[curve[t] for t in shared] for curve in curves])
+        width = max(1, round(SMOOTH * len(shared)))
+        losses = np.stack([smooth(row, width) for row in losses])
+        mark = "o" if len(shared) == 1 else None
+        axes.plot(shared, losses.mean(0), color=f"C{i % 10}", marker=mark, label=f"{variant}, n={len(curves)}")
+        axes.fill_between(shared, losses.min(0), losses.max(0), color=f"C{i % 10}", alpha=0.2, linewidth=0)
+    axes.set(xlabel="training tokens", ylabel="training loss (nats)")
+    _plain_axes(axes)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(str(path))
+
+
+def _curve(run: Path) -> Iterator[tuple[int, float]]:
+    for m in read_metrics(run):
+        if isinstance(m.get("loss"), int | float) and "tokens" in m:
+            yield m["tokens"], float(m["loss"])
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain_axes(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """A few readable numbers on the x axis, logarithmic where the values are far apart."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if min(values) > 0 and max(values) > 4 * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter())
