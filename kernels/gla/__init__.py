@@ -6,6 +6,7 @@ arXiv:2312.06635, eq. 3 with the gate of section 4.4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,25 @@ def gla(
     """
     scale = check_scan(q, k, v, scale, initial_state, cu_seqlens)
     check_like("g", g, (tuple(k.shape),))
-    backend = dispatch.choose("gla", v.device, None)
-    o, state = _op(q, k, v, g, initial_state, cu_seqlens, options=(scale, output_final_state), backend=backend)
+    dtype, width = v.dtype, q.shape[-1]
+    backend = dispatch.choose("gla", v.device, lambda: _form("triton").why_not(dtype, width))
+    tensors = (q, k, v, g, initial_state, cu_seqlens)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    o, state = _op(*tensors, options=(scale, output_final_state, keep), backend=backend)
     return o, state if output_final_state else None
 
 
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.gla import triton
+
+    return triton
+
+
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
+    if backend == "triton":
+        return _form(backend).fake(tensors, options)
     q, _, v, _, _, cu_seqlens = tensors
     assert q is not None
     assert v is not None
@@ -50,4 +64,10 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     return [torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(shape, dtype=wide_dtype(v))]
 
 
-_op = Op("gla", reference.forward, reference.backward, _fake, outputs=2)
+_op = Op(
+    "gla",
+    lambda *args: _form(args[-1]).forward(*args),
+    lambda *args: _form(args[-1]).backward(*args),
+    _fake,
+    outputs=2,
+)

@@ -1,0 +1,234 @@
+"""The kernels of gated linear attention; see `kernels.gla.triton` for what they hand on and to whom.
+
+Decays inside a chunk are products of exp(g) over rows, never exponentials of differences of sums. In blocks of s rows (s a power of
+two), ``since`` is the product from a block's first row to this one, ``until`` that from the next row to the block's last one; both
+are at most 1, and times each other they are the product of the whole block, in each of its rows. From s rows to 2 s, rows of an
+upper half take the lower half's product into ``since``, rows of a lower half the upper one's into ``until``. So a row takes one
+exponential per channel, and a reset (g = -inf is one) costs the rows after it no digit.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+# (the checker takes what Triton compiles for Python)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.gated_delta_rule.triton_tiles import clear_rows, load_tile, square, store_tile
+from kernels.triton import chunk_of_slot, segment_rows
+
+
+@triton.jit
+def _is_upper(level, C: tl.constexpr):
+    """Which rows are in an upper half when blocks of 2^level rows pair up, [C, 1]."""
+    return ((tl.arange(0, C)[:, None] >> level) & 1) == 1
+
+
+@triton.jit
+def _joined(since, until, level, C: tl.constexpr, BK: tl.constexpr):
+    """``since`` and ``until`` [C, BK] in blocks of 2^level rows -> in blocks of twice as many."""
+    partner = tl.broadcast_to((tl.arange(0, C) ^ (1 << level))[:, None], (C, BK))
+    other = tl.gather(since * until, partner, 0)
+    upper = _is_upper(level, C)
+    return tl.where(upper, since * other, since), tl.where(upper, until, until * other)
+
+
+@triton.jit(do_not_specialize=["segments", "rows", "time"])
+def prepare(
+    q, k, g, cu, o, pairs, reads, writes, decays,
+    scale, segments, rows, time, q_stride: tl.constexpr, k_stride: tl.constexpr, g_stride: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one key head: what does not depend on the state. Clears o in rows of no segment."""
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    segment, start, end = chunk_of_slot(cu, slot, segments, rows, time, C, VARLEN, SEARCH)
+    if start >= end:
+        return
+    c = tl.arange(0, C)
+    here = c < (end - start).to(tl.int32)
+    if VARLEN and segment == segments:
+        clear_rows(o + (start * H + head) * (GROUP * V), H * GROUP * V, here, C, GROUP * V, BK)
+        return
+    q += start * q_stride + head * K
+    k += start * k_stride + head * K
+    g += start * g_stride + head * K
+    reads += (start * H + head) * K
+    writes += (start * H + head) * K
+    place = slot * H + head
+    decays += place * K
+    narrow: tl.constexpr = pairs.dtype.element_ty
+    i, j = c[:, None], c[None, :]
+    weights, same = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
+    for at in tl.range(0, K, BK, disable_licm=True):
+        keys = at + tl.arange(0, BK)
+        q_wide = load_tile(q, q_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+        k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+        since = tl.exp(load_tile(g, g_stride, c, here, keys, K, K % BK == 0).to(tl.float32))
+        until = tl.full((C, BK), 1.0, tl.float32)
+        same += tl.sum(q_wide * k_wide, 1)
+        for level in tl.range(0, LEVELS, disable_licm=True):
+            decay = tl.where(_is_upper(level, C), since, until)
+            reader, writer = (q_wide * decay).to(narrow), (k_wide * decay).to(narrow)
+            seen = tl.dot(reader, tl.trans(writer), input_precision=PRECISION)
+            weights += tl.where((i > j) & ((i ^ j) >> level == 1), seen, 0.0)
+            since, until = _joined(since, until, level, C, BK)
+        store_tile(reads, H * K, c, here, keys, q_wide * since * scale, K, K % BK == 0)
+        store_tile(writes, H * K, c, here, keys, k_wide * until, K, K % BK == 0)
+        store_tile(decays, 0, c, c == 0, keys, since * until, K, K % BK == 0)
+    weights += tl.where(i == j, same[:, None], 0.0)
+    tl.store(square(pairs + place * (C * C), C), (weights * scale).to(narrow))
+
+
+@triton.jit(do_not_specialize=["segments", "rows", "time"])
+def scan(
+    x, y, v, cu, pairs, decays, initial, out, states, final,
+    segments, rows, time, v_stride: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """One segment, one value head, BV columns of v, the state in registers. Forward x = reads, y = writes, v = v, out = o; in
+    reverse x = writes, y = reads, v = dO, out = dv."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    HV: tl.constexpr = H * GROUP
+    program = tl.program_id(0)
+    head, segment = program // tiles % HV, program // (tiles * HV)
+    start, end, slot = segment_rows(cu, segment, segments, rows, time, C, VARLEN)
+    length = (end - start).to(tl.int32)
+    c, keys, columns = tl.arange(0, C), tl.arange(0, BK), program % tiles * BV + tl.arange(0, BV)
+    inside = keys < K
+    x += head // GROUP * K
+    y += head // GROUP * K
+    v += head * V
+    out += head * V
+    narrow: tl.constexpr = v.dtype.element_ty
+    state = tl.zeros((BK, BV), tl.float32)
+    this = (segment.to(tl.int64) * HV + head) * (K * V)
+    if initial is not None:
+        state = load_tile(initial + this, V, keys, inside, columns, V, V % BV == 0).to(tl.float32)
+    chunks = tl.cdiv(length, C)
+    for step in tl.range(0, chunks, disable_licm=True):
+        chunk = chunks - 1 - step if REVERSE else step
+        first = chunk * C
+        row, here = start + first, first + c < length
+        place = (slot + chunk) * H + head // GROUP
+        x_tile = load_tile(x + row * (H * K), H * K, c, here, keys, K, K == BK)
+        y_tile = load_tile(y + row * (H * K), H * K, c, here, keys, K, K == BK)
+        v_tile = load_tile(v + row * v_stride, v_stride, c, here, columns, V, V % BV == 0)
+        pairs_tile = tl.load(square(pairs + place * (C * C), C))
+        if REVERSE:
+            pairs_tile = tl.trans(pairs_tile)
+        decay = tl.load(decays + place * K + keys, mask=inside, other=1.0)
+        entering = state.to(narrow)
+        if states is not None:
+            kept = states + ((slot + chunk) * HV + head) * (K * V)
+            store_tile(kept, V, keys, inside, columns, entering, V, V % BV == 0)
+        result = tl.dot(x_tile, entering, input_precision=PRECISION)
+        result = tl.dot(pairs_tile, v_tile, result, input_precision=PRECISION)
+        store_tile(out + row * (HV * V), HV * V, c, here, columns, result, V, V % BV == 0)
+        state = tl.dot(tl.trans(y_tile), v_tile, state * decay[:, None], input_precision=PRECISION)
+    if final is not None:
+        store_tile(final + this, V, keys, inside, columns, state, V, V % BV == 0)
+
+
+@triton.jit(do_not_specialize=["segments", "rows", "time"])
+def gradients(
+    q, k, g, v, do, cu, states, dstates, dpairs, dq, dk, dg, dv,
+    scale, segments, rows, time, q_stride: tl.constexpr, k_stride: tl.constexpr, g_stride: tl.constexpr,
+    v_stride: tl.constexpr, do_stride: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one key head: dq, dk and dg. Clears all four gradients in rows of no segment.
+
+    ``dpairs`` is memory of its own: what is read from there may be transposed, which of a product in registers Hopper's compilers
+    get wrong, and takes no registers meanwhile.
+    """
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HV: tl.constexpr = H * GROUP
+    segment, start, end = chunk_of_slot(cu, slot, segments, rows, time, C, VARLEN, SEARCH)
+    if start >= end:
+        return
+    c = tl.arange(0, C)
+    here = c < (end - start).to(tl.int32)
+    dq += (start * H + head) * K
+    dk += (start * H + head) * K
+    if dg is not None:
+        dg += (start * H + head) * K
+    if VARLEN and segment == segments:
+        clear_rows(dq, H * K, here, C, K, BK)
+        clear_rows(dk, H * K, here, C, K, BK)
+        if dg is not None:
+            clear_rows(dg, H * K, here, C, K, BK)
+        clear_rows(dv + (start * H + head) * (GROUP * V), HV * V, here, C, GROUP * V, BV)
+        return
+    q += start * q_stride + head * K
+    k += start * k_stride + head * K
+    g += start * g_stride + head * K
+    v += start * v_stride + head * GROUP * V
+    do += start * do_stride + head * GROUP * V
+    states += (slot * HV + head * GROUP) * (K * V)
+    dstates += (slot * HV + head * GROUP) * (K * V)
+    dpairs += (slot * H + head) * (C * C)
+    narrow: tl.constexpr = v.dtype.element_ty
+    i, j = c[:, None], c[None, :]
+
+    met = tl.zeros((C, C), tl.float32)
+    for member in tl.range(0, GROUP, disable_licm=True):
+        for at in tl.range(0, V, BV, disable_licm=True):
+            columns = at + tl.arange(0, BV)
+            v_tile = load_tile(v + member * V, v_stride, c, here, columns, V, V % BV == 0)
+            do_tile = load_tile(do + member * V, do_stride, c, here, columns, V, V % BV == 0)
+            met = tl.dot(do_tile, tl.trans(v_tile), met, input_precision=PRECISION)
+    met *= scale
+    same = tl.sum(tl.where(i == j, met, 0.0), 1)
+    tl.store(square(dpairs, C), met.to(narrow))
+    tl.debug_barrier()  # what follows reads what was just written
+
+    for first in tl.range(0, K, BK, disable_licm=True):
+        keys = first + tl.arange(0, BK)
+        since = tl.exp(load_tile(g, g_stride, c, here, keys, K, K % BK == 0).to(tl.float32))
+        until = tl.full((C, BK), 1.0, tl.float32)
+        dq_tile, dk_tile = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        for level in tl.range(0, LEVELS, disable_licm=True):
+            q_wide = load_tile(q, q_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+            k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+            decay = tl.where(_is_upper(level, C), since, until)
+            reader, writer = (q_wide * decay).to(narrow), (k_wide * decay).to(narrow)
+            seen = tl.where((i > j) & ((i ^ j) >> level == 1), tl.load(square(dpairs, C)), 0.0)
+            dq_tile += decay * tl.dot(seen, writer, input_precision=PRECISION)
+            dk_tile += decay * tl.dot(tl.trans(seen), reader, input_precision=PRECISION)
+            since, until = _joined(since, until, level, C, BK)
+
+        from_state, to_state = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        carried = tl.zeros((BK,), tl.float32)
+        for member in tl.range(0, GROUP, disable_licm=True):
+            for at in tl.range(0, V, BV, disable_licm=True):
+                columns, of_member = at + tl.arange(0, BV), member * (K * V)
+                v_tile = load_tile(v + member * V, v_stride, c, here, columns, V, V % BV == 0)
+                do_tile = load_tile(do + member * V, do_stride, c, here, columns, V, V % BV == 0)
+                state = load_tile(states + of_member, V, keys, keys < K, columns, V, V % BV == 0)
+                dstate = load_tile(dstates + of_member, V, keys, keys < K, columns, V, V % BV == 0)
+                from_state = tl.dot(do_tile, tl.trans(state), from_state, input_precision=PRECISION)
+                to_state = tl.dot(v_tile, tl.trans(dstate), to_state, input_precision=PRECISION)
+                if dg is not None:
+                    carried += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
+        dq_tile += from_state * since * scale
+        to_state *= until
+        q_wide = load_tile(q, q_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+        k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+        if dg is not None:
+            # What is written into the leaving state passes the decays after its row, what is carried through passes all.
+            written = k_wide * to_state
+            dg_tile = tl.cumsum(q_wide * dq_tile - k_wide * dk_tile, 0, reverse=True) + tl.cumsum(written, 0) - written
+            dg_tile += since * until * carried[None, :]
+            store_tile(dg, H * K, c, here, keys, dg_tile, K, K % BK == 0)
+        # Products of a row with itself do not depend on g: with them q dq - k dk were a small difference of large numbers.
+        dq_tile += same[:, None] * k_wide
+        dk_tile += to_state + same[:, None] * q_wide
+        store_tile(dq, H * K, c, here, keys, dq_tile, K, K % BK == 0)
+        store_tile(dk, H * K, c, here, keys, dk_tile, K, K % BK == 0)
