@@ -31,9 +31,10 @@ import torch
 import yaml
 
 from configs import schema
+from configs.question import MAY_DIFFER, Question, load_question, other_setting, resolve
 from configs.schema import RunConfig
-from eval.ablation import MAY_DIFFER, Question, load_question, other_setting, resolve
-from eval.ablation_report import QUEUE, answer, last_step, read_status, run_name, write_report
+from eval.ablation import QUEUE, answer, last_step, read_status, run_name
+from eval.ablation_report import write_report
 from models import UserError, zoo
 from models.errors import guard
 from models.folder import checkpoints

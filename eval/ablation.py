@@ -1,91 +1,102 @@
-"""A question: one base config, named variants of it, what is measured, and how often. `ablate.py` answers it.
-
-A question file is Python and holds ``question = Question(...)``; its docstring is what the question asks:
-
-    question = Question(
-        base="configs/mqar.yaml",
-        variants={
-            "gated_delta": Variant(),
-            "attention": Variant(["model.blocks.base.mixer={kind: attention, heads: 4}"], to="gated_delta"),
-        },
-        baseline="gated_delta",
-        metrics=["val/accuracy"],
-    )
-"""
+"""What the runs of a question say, from their folders alone: values, paired differences, costs, and what is missing."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import re
-import runpy
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs import schema
+from configs.question import MIN_SEEDS, Metric, Question, other_setting, with_vocabulary
 from configs.schema import RunConfig
 from eval.judge import result_rows
 from eval.report import read_metrics
-from models.__main__ import read_model
-from models.config import ModelConfig
+from eval.statistics import Comparison, compare
 from models.errors import UserError, nearest
 from models.lm import meta_model
-from models.match import match
-from models.parsing import to_dict
-from models.types import Cost
 
-MIN_SEEDS = 5  # nothing is called better with fewer
-# In what runs of one variant may differ beside their seed: where they lie, and how they were watched and computed.
-MAY_DIFFER = (
-    "seed",
-    "name",
-    "out_dir",
-    *(key for key in schema.MAY_CHANGE if key not in ("train.steps", "train.val_tokens", "eval")),
-)
-NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
-# By the last word of a metric: whether more is better, and its unit.
-KNOWN = {
-    **dict.fromkeys(("loss", "nll"), (False, "nats")),
-    **dict.fromkeys(("bpb", "bits_per_byte"), (False, "bits per byte")),
-    **dict.fromkeys(("ppl", "perplexity", "word_perplexity", "byte_perplexity"), (False, "")),
-    **dict.fromkeys(("accuracy", "acc", "acc_norm", "exact_match", "f1"), (True, "")),
-}
+QUEUE = "queue"  # the folder beside the run folders where `ablate.py` keeps what it started and how that ended
+EQUAL = 0.01  # budgets that differ by at most this share are called equal
+BUDGET_NAMES = {"params": "parameters", "flops_per_token": "FLOPs", "state_bytes": "state"}
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One number of a finished run.
+class Costs:
+    """What one run needed; of a model at the length it is trained at, its state in fp32."""
 
-    ``path``: ``val/KEY/...``, a key path into the run's last validation (``val/loss``, ``val/by/pairs/16/accuracy``), or
-    ``eval/TASK/METRIC``, from the files in its ``eval`` folder. ``more_is_better`` and ``unit`` are known for the usual names.
-    """
+    params: int
+    active_params: int
+    flops_per_token: float  # forward
+    state_bytes: float
+    tokens: int
+    training_flops: float  # 3 x forward x tokens
+    tokens_per_s: float | None  # median over the run
+    peak_memory_bytes: int | None  # of tensors on a GPU, of the process on a CPU
+    device: str
+    threads: int
 
-    path: str
-    more_is_better: bool | None = None
-    unit: str | None = None
 
-    def __post_init__(self) -> None:
-        room, _, rest = self.path.partition("/")
-        if room not in ("val", "eval") or not rest:
-            raise UserError(f"metric '{self.path}': expected val/KEY or eval/TASK/METRIC")
-        more, unit = KNOWN.get(self.path.rpartition("/")[2], (None, ""))
-        if self.more_is_better is None and more is None:
-            raise UserError(
-                f"metric '{self.path}': is more of it better? Metric('{self.path}', more_is_better=True or False)"
-            )
-        object.__setattr__(self, "more_is_better", more if self.more_is_better is None else self.more_is_better)
-        object.__setattr__(self, "unit", unit if self.unit is None else self.unit)
+@dataclass(frozen=True)
+class RunResult:
+    """One variant with one seed: what its folder holds."""
 
-    def read(self, run: Path, step: int) -> float:
-        """Of a run that ended at ``step``. Raises UserError when it is not there or not a finite number."""
-        room, _, rest = self.path.partition("/")
-        value = _last_validation(run, step, rest) if room == "val" else _result(run, step, rest)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{self.path} is not a finite number")
-        return float(value)
+    variant: str
+    seed: int
+    state: str  # finished | unfinished | failed | missing
+    why: str = ""  # where it is, and what went wrong
+    values: dict[str, float] = field(default_factory=dict)  # by path of the metric
+    costs: Costs | None = None
+    config: RunConfig | None = None
+
+
+def run_name(variant: str, seed: int) -> str:
+    """Of the run's folder."""
+    return f"{variant}-s{seed}"
+
+
+# -- one run
+
+
+def read_run(folder: Path, variant: str, seed: int, metrics: Sequence[Metric]) -> RunResult:
+    """From its folder and, of a failure, what `ablate.py` noted."""
+    run = folder / run_name(variant, seed)
+    status = read_status(folder, run.name)
+    failure = status.get("error", "") if status.get("ended") == "failed" else ""
+    if not (run / "config.yaml").is_file():
+        return RunResult(variant, seed, "failed" if failure else "missing", failure or "no run folder")
+    cfg = schema.load(run / "config.yaml")
+    environment = _read(run / "environment.json")
+    step = last_step(run)
+    if not environment.get("finished") or step < cfg.train.steps:
+        where = f"step {step} of {cfg.train.steps}"
+        return RunResult(
+            variant,
+            seed,
+            "failed" if failure else "unfinished",
+            f"{where}: {failure}" if failure else where,
+            config=cfg,
+        )
+    values, problems = {}, []
+    for metric in metrics:
+        try:
+            values[metric.path] = read_metric(metric, run, cfg.train.steps)
+        except UserError as error:
+            problems.append(str(error))
+    return RunResult(variant, seed, "finished", "; ".join(problems), values, _costs(run, cfg, environment), cfg)
+
+
+def read_metric(metric: Metric, run: Path, step: int) -> float:
+    """Of a run that ended at ``step``. Raises UserError when it is not there or not a finite number."""
+    room, _, rest = metric.path.partition("/")
+    value = _last_validation(run, step, rest) if room == "val" else _result(run, step, rest)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{metric.path} is not a finite number")
+    return float(value)
 
 
 def _last_validation(run: Path, step: int, path: str) -> Any:
@@ -113,153 +124,208 @@ def _result(run: Path, step: int, path: str) -> float:
     return found[path]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What differs from the base: overrides ``key.path=value``, or a function of the base config.
-
-    With ``to``, the name of another variant, `models.match.match` then varies the integer ``vary`` until both have equal ``on``
-    (params, active_params, flops or state).
-    """
-
-    changes: Sequence[str] | Callable[[RunConfig], RunConfig] = ()
-    to: str | None = None
-    on: str = "params"
-    vary: str = "channel.hidden"
-    multiple_of: int = 1
+def read_status(folder: Path, name: str) -> dict[str, Any]:
+    """How the last process of a run ended, as `ablate.py` noted it; nothing where it did not."""
+    return _read(folder / QUEUE / f"{name}.json")
 
 
-@dataclass(frozen=True)
-class Question:
-    """Variants of ``base`` (a run's YAML), each compared with ``baseline`` by every metric, over the same seeds.
-
-    ``seeds``: how many, from 0, or which. ``alpha``: the chance of any claimed difference where none is.
-    ``name`` and ``text`` are those of the file.
-    """
-
-    base: str
-    variants: Mapping[str, Variant]
-    baseline: str
-    metrics: Sequence[str | Metric] = ("val/loss",)
-    seeds: int | Sequence[int] = MIN_SEEDS
-    alpha: float = 0.05
-    name: str = "question"
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        for name, variant in self.variants.items():
-            if not NAME.fullmatch(name):
-                raise UserError(f"variant '{name}': a name is made of letters, digits and . _ + -")
-            if not isinstance(variant, Variant):
-                raise UserError(f"variant '{name}': expected Variant(...), got {variant!r}")
-            if isinstance(variant.changes, str):
-                raise UserError(f"variant '{name}': expected a list of overrides, got the text {variant.changes!r}")
-            if variant.to is not None and variant.to not in self.variants:
-                raise UserError(
-                    f"variant '{name}': no variant '{variant.to}' to match{nearest(variant.to, self.variants)}"
-                )
-        if self.baseline not in self.variants:
-            raise UserError(f"no variant '{self.baseline}' to be the baseline{nearest(self.baseline, self.variants)}")
-        if len(self.variants) < 2:
-            raise UserError("a question needs at least two variants")
-        if isinstance(self.metrics, str | Metric) or not self.metrics:
-            raise UserError(f"metrics: expected a list of at least one, got {self.metrics!r}")
-        object.__setattr__(self, "metrics", tuple(Metric(m) if isinstance(m, str) else m for m in self.metrics))
-        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise UserError(f"seeds: expected a number of at least 1, or different numbers from 0, got {self.seeds!r}")
-        object.__setattr__(self, "seeds", tuple(seeds))
-        if not 0 < self.alpha < 1:
-            raise UserError(f"alpha must be between 0 and 1, got {self.alpha}")
-
-
-def load_question(path: str | Path) -> Question:
-    """Run a question file -> its question. Raises UserError, with the line, for whatever is wrong in it."""
-    path = Path(path)
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"no question '{path}'{nearest(path.name, siblings)}")
+def last_step(run: Path) -> int:
+    """The newest step that is logged, from the end of the file alone; 0 before the first."""
     try:
-        found = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}{_line(error, path)}: {_said(error)}") from error
-    question = found.get("question")
-    if not isinstance(question, Question):
-        raise UserError(f"{path}: no 'question = Question(...)' in it")
-    return replace(question, name=path.stem, text=(found.get("__doc__") or "").strip())
-
-
-def _line(error: BaseException, path: Path) -> str:
-    """Where in the file an error arose."""
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _said(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-# -- from a question to configs
-
-
-def resolve(question: Question, overrides: Sequence[str] = (), tiny: bool = False) -> dict[str, RunConfig]:
-    """The config of every variant: base, then ``overrides``, then its own changes, then what makes its budget equal.
-
-    Raises UserError that names the variant for anything that cannot be trained.
-    """
-    found: dict[str, RunConfig] = {}
-
-    def one(name: str, asking: tuple[str, ...] = ()) -> RunConfig:
-        if name in asking:
-            raise UserError(f"matched in a circle: {' -> '.join((*asking, name))}")
-        if name not in found:
-            variant = question.variants[name]
-            to = one(variant.to, (*asking, name)) if variant.to else None
-            try:
-                found[name] = _config(question, variant, overrides, to)
-            except UserError as error:
-                raise UserError(f"variant '{name}': {error}") from error
-        return found[name]
-
-    for name in question.variants:
-        one(name)
-    shrunk = {name: schema.shrink(cfg) for name, cfg in found.items()} if tiny else found
-    return {name: shrunk[name] for name in question.variants}
-
-
-def _config(question: Question, variant: Variant, overrides: Sequence[str], to: RunConfig | None) -> RunConfig:
-    if callable(variant.changes):
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - (1 << 16)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
         try:
-            cfg = variant.changes(schema.load(question.base, overrides))
-        except Exception as error:
-            raise UserError(_said(error)) from error
-        if not isinstance(cfg, RunConfig):
-            raise UserError(f"its function must return a RunConfig, got {cfg!r}")
-    else:
-        cfg = schema.load(question.base, [*overrides, *variant.changes])
-    if to is not None:
-        how = {"on": variant.on, "vary": variant.vary, "multiple_of": variant.multiple_of}
-        equal = match(_with_vocabulary(cfg), _with_vocabulary(to), seq_len=cfg.data.seq_len, **how).config
-        cfg = replace(cfg, model=replace(equal, vocab_size=cfg.model.vocab_size))
-    meta_model(replace(cfg.model, vocab_size=cfg.model.vocab_size or 2))  # refuses what does not fit together
-    return cfg
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # torn, or cut by the seek
+    return 0
 
 
-def other_setting(before: RunConfig, now: RunConfig) -> str | None:
-    """The first setting that makes these configs of two variants, in words; None if they are of one."""
-    for key, old, new in schema.differences(before, now):
-        filled_in = key == "model.vocab_size" and new is None
-        if not schema.is_under(key, MAY_DIFFER) and not filled_in:
-            return f"'{key}' is {old!r} there, {new!r} here"
-    return None
+def _costs(run: Path, cfg: RunConfig, environment: dict[str, Any]) -> Costs:
+    one, metrics = meta_model(with_vocabulary(cfg)).cost(cfg.data.seq_len), read_metrics(run)
+    tokens = max((m["tokens"] for m in metrics if "tokens" in m), default=0)
+    speeds = [m["tokens_per_s"] for m in metrics if m.get("tokens_per_s")]
+    peaks = [e.get("peak_memory_bytes") or 0 for e in (environment, *environment.get("earlier", []))]
+    return Costs(
+        one.params,
+        one.active_params,
+        one.flops_per_token,
+        one.state_bytes,
+        tokens,
+        3 * one.flops_per_token * tokens,
+        statistics.median(speeds) if speeds else None,
+        max(peaks) or None,
+        environment.get("device", ""),
+        environment.get("threads", 0),
+    )
 
 
-def _with_vocabulary(cfg: RunConfig) -> ModelConfig:
-    """The model with the vocabulary that its data will give it."""
-    return read_model(to_dict(cfg), cfg.name)
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def cost(cfg: RunConfig) -> Cost:
-    """Of one model at the length that it is trained at, its state in fp32."""
-    return meta_model(_with_vocabulary(cfg)).cost(cfg.data.seq_len)
+# -- all runs
+
+
+class Line(NamedTuple):
+    """One variant by one metric."""
+
+    metric: Metric
+    variant: str
+    values: list[float]
+    comparison: Comparison | None  # with the baseline; None of the baseline itself, and below two shared seeds
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a question: every run, and each variant by each metric."""
+
+    question: Question
+    seeds: tuple[int, ...]
+    runs: list[RunResult]
+    lines: list[Line]
+    not_counted: list[str]  # folders of seeds that were not asked for
+
+    def costs(self, variant: str) -> Costs | None:
+        """Of the variant's finished runs: alike but for speed (the mean) and memory (the most)."""
+        found = [r.costs for r in self.runs if r.variant == variant and r.costs]
+        if not found:
+            return None
+        speeds = [c.tokens_per_s for c in found if c.tokens_per_s]
+        peaks = [c.peak_memory_bytes for c in found if c.peak_memory_bytes]
+        return Costs(
+            **asdict(found[0])
+            | {
+                "tokens_per_s": statistics.fmean(speeds) if speeds else None,
+                "peak_memory_bytes": max(peaks, default=None),
+            }
+        )
+
+
+def answer(question: Question, folder: Path, seeds: Sequence[int]) -> Answer:
+    """Read every run of ``folder`` and compare. Raises UserError where two runs of a variant differ in more than their seed."""
+    metrics = [m for m in question.metrics if isinstance(m, Metric)]
+    runs = [read_run(folder, variant, seed, metrics) for seed in seeds for variant in question.variants]
+    for variant in question.variants:
+        _must_be_alike([r for r in runs if r.variant == variant])
+    wanted = {run_name(v, s) for v in question.variants for s in seeds}
+    others = [p.name for v in question.variants for p in sorted(folder.glob(f"{v}-s*")) if p.name not in wanted]
+    found = Answer(question, tuple(seeds), runs, [], [n for n in others if n.rpartition("-s")[2].isdigit()])
+    found.lines.extend(_lines(found, metrics))
+    return found
+
+
+def _must_be_alike(runs: Sequence[RunResult]) -> None:
+    for first, other in itertools.pairwise(r for r in runs if r.config):
+        if first.config and other.config and (what := other_setting(first.config, other.config)):
+            here, there = run_name(other.variant, other.seed), run_name(first.variant, first.seed)
+            raise UserError(f"{here} and {there} are not runs of one variant: {what}")
+
+
+def _lines(found: Answer, metrics: Sequence[Metric]) -> Iterator[Line]:
+    """Everything is one family of comparisons: all variants by all metrics."""
+    question = found.question
+    values = {
+        (m.path, v): {r.seed: r.values[m.path] for r in found.runs if r.variant == v and m.path in r.values}
+        for m in metrics
+        for v in question.variants
+    }
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for (path, variant), own in values.items():
+        if variant != question.baseline:
+            base = values[path, question.baseline]
+            pairs[path, variant] = [own[s] - base[s] for s in found.seeds if s in own and s in base]
+    enough = {key: d for key, d in pairs.items() if len(d) > 1}
+    compared = dict(zip(enough, compare(list(enough.values()), question.alpha), strict=True))
+    for metric in metrics:
+        for variant in question.variants:
+            key = metric.path, variant
+            said = ""
+            if variant != question.baseline:
+                costs = found.costs(variant), found.costs(question.baseline)
+                names = variant, question.baseline
+                said = sentence(metric, names, costs, compared.get(key), len(pairs[key]), len(found.seeds))
+            yield Line(metric, variant, list(values[key].values()), compared.get(key), said)
+
+
+# -- in words
+
+
+def is_shown(c: Comparison | None) -> bool:
+    """Whether a difference may be claimed: enough seeds, and a corrected interval without zero."""
+    return c is not None and c.n >= MIN_SEEDS and c.excludes_zero
+
+
+def verdict(line: Line) -> str:
+    """better, worse or no difference shown; nothing of the baseline."""
+    c = line.comparison
+    if c is None:
+        return ""
+    if not is_shown(c):
+        return "no difference shown"
+    return "better" if (c.mean > 0) == line.metric.more_is_better else "worse"
+
+
+def sentence(
+    metric: Metric,
+    names: tuple[str, str],
+    costs: tuple[Costs | None, Costs | None],
+    c: Comparison | None,
+    n: int,
+    planned: int,
+) -> str:
+    """ "B beats A by 0.031 ± 0.006 nats (val/loss) at equal parameters, n=5", or that this is not shown.
+
+    ``names`` and ``costs``: of the variant and of the baseline. ``n`` of ``planned`` seeds gave a pair.
+    """
+    seeds = f"n={n}" if n == planned else f"n={n} of {planned} seeds"
+    variant, baseline = names
+    if c is None:
+        return f"{variant} and {baseline} cannot be compared by {metric.path} ({seeds}: two pairs are the least)"
+    unit = f" {metric.unit}" if metric.unit else ""
+    if not is_shown(c):
+        few = f"; a claim needs {MIN_SEEDS}" if c.n < MIN_SEEDS else ""
+        return (
+            f"no difference shown between {variant} and {baseline}: "
+            f"{measured(c.mean, c.half, sign=True)}{unit} ({metric.path}), {seeds}{few}"
+        )
+    better = (c.mean > 0) == metric.more_is_better
+    winner, loser = names if better else names[::-1]
+    budget = at_budget(*(costs if better else costs[::-1]))
+    return f"{winner} beats {loser} by {measured(abs(c.mean), c.half)}{unit} ({metric.path}){budget}, {seeds}"
+
+
+def measured(mean: float, half: float, sign: bool = False) -> str:
+    """A mean with its half-width, both to two digits of the latter."""
+    digits = 2
+    if half > 0:
+        digits = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:{'+' if sign else ''}z.{digits}f} ± {half:.{digits}f}"
+
+
+def at_budget(ours: Costs | None, theirs: Costs | None) -> str:
+    """How the winner's budget compares with the loser's."""
+    if ours is None or theirs is None:
+        return ""
+    equal, unequal = [], []
+    for key, name in BUDGET_NAMES.items():
+        a, b = getattr(ours, key), getattr(theirs, key)
+        if abs(a - b) <= EQUAL * b:
+            equal.append(name)
+        elif b:
+            unequal.append(f"{name} x {a / b:.3g}")
+    at = f" at equal {_and(equal)}" if equal else ""
+    return at + (f"{',' if at else ''} with {_and(unequal)}" if unequal else "")
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -5,7 +5,7 @@ nothing and so cannot tell; the gated delta rule erases what a key held before i
 to several of those. All but attention remember 16 x 16 numbers in each head or memory.
 """
 
-from eval.ablation import Question, Variant
+from configs.question import Question, Variant
 
 
 def mixer(settings: str) -> Variant:
