@@ -1,16 +1,20 @@
-"""``python -m models CONFIG [key=value ...]``: the model of a run file as a table, without building its weights."""
+"""``python -m models CONFIG [key=value ...]``: the model of a run file as a table, without building its weights;
+``python -m models match CONFIG --to OTHER``: the width that makes it as large as another, and ``--controls``: its rivals."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
+import yaml
 
 from models import zoo
 from models.config import ModelConfig, model_config
 from models.errors import UserError, guard
-from models.parsing import load_yaml
+from models.match import BUDGETS, CONTROLS, control, match
+from models.parsing import load_yaml, to_dict
 from models.summary import summary
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -20,11 +24,71 @@ DEFAULT_SEQ_LEN = 256
 
 @guard
 def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["match"]:
+        _match(words[1:])
+    else:
+        _summary(words)
+
+
+def _summary(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models",
         description="Print parameters, FLOPs per token and state bytes of every layer of a run file's model.",
-        epilog="example: python -m models configs/quickstart.yaml model.n_layers=8 --seq-len 2048",
+        epilog="example: python -m models configs/quickstart.yaml model.n_layers=8 --seq-len 2048; "
+        "equal budgets: python -m models match --help",
     )
+    args = _arguments(parser, argv)
+    print(summary(args.model, args.seq_len, args.dtype))
+
+
+def _match(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m models match",
+        description="Find the width, rank or number of heads with which a model is as large or as expensive as another; "
+        "or the dense and structured channels with which a model is as large and as expensive as it is.",
+        epilog="examples: python -m models match configs/quickstart.yaml --to configs/cpu-8m.yaml --vary d_model "
+        "--multiple-of 8; python -m models match configs/quickstart.yaml --controls",
+    )
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--to", metavar="OTHER", help="a run's YAML file, or a number")
+    goal.add_argument("--controls", action="store_true", help="other channels in place of the model's own")
+    parser.add_argument("--on", choices=BUDGETS, help="what is to be equal (default: params; for controls also flops)")
+    parser.add_argument("--vary", metavar="FIELD", default="channel.hidden", help="what is free (default: %(default)s)")
+    parser.add_argument("--multiple-of", type=int, default=1, help="of what the value must be one (default: 1)")
+    parser.add_argument("--activation", choices=("gelu", "relu2", "swiglu"), default="gelu", help="of the controls")
+    args = _arguments(parser, argv)
+    if args.controls:
+        for on in [args.on] if args.on else ["params", "flops"]:
+            _print_controls(args, on)
+        return
+    on = args.on or "params"
+    to = _target(args.to)
+    found = match(args.model, to, on, args.vary, args.seq_len, args.multiple_of, args.dtype)
+    print(f"{args.vary}={found.value}\n{on} {found}")
+
+
+def _print_controls(args: argparse.Namespace, on: str) -> None:
+    print(f"equal {on} at T={args.seq_len}")
+    for name in CONTROLS:
+        try:
+            found = control(args.model, name, on, args.activation, seq_len=args.seq_len)
+        except UserError as error:
+            print(f"  {name}: {error}")
+            continue
+        channel = next(block.channel for block in found.config.blocks.values() if block.channel is not None)
+        print(f"  channel: {_settings(channel)}\n    {found}")
+
+
+def _settings(part: Any) -> str:
+    """A part's config as YAML in one line, without what it says by default; its kind and form are always said."""
+    default = to_dict(type(part)())
+    said = {k: v for k, v in to_dict(part).items() if k in ("kind", "form") or v != default[k]}
+    return yaml.safe_dump(said, default_flow_style=True, sort_keys=False, width=1000).strip()
+
+
+def _arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The command's options, and those that both commands have; ``model``, ``seq_len`` and ``dtype`` are filled in."""
     parser.add_argument("config", metavar="CONFIG", help="a run's YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="a setting, e.g. model.d_model=512")
     parser.add_argument("--seq-len", type=int, help="T; default: the file's data.seq_len")
@@ -33,10 +97,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     zoo.allow_foreign(args.allow_foreign)
     raw = load_yaml(args.config, args.overrides)
-    seq_len = args.seq_len if args.seq_len is not None else _seq_len(raw)
-    if seq_len < 1:
-        raise UserError(f"--seq-len must be at least 1, got {seq_len}")
-    print(summary(read_model(raw, args.config), seq_len, DTYPES[args.dtype]))
+    args.seq_len = args.seq_len if args.seq_len is not None else _seq_len(raw)
+    if args.seq_len < 1:
+        raise UserError(f"--seq-len must be at least 1, got {args.seq_len}")
+    args.model, args.dtype = read_model(raw, args.config), DTYPES[args.dtype]
+    return args
+
+
+def _target(text: str) -> ModelConfig | float:
+    """Of ``--to``: a number, or the model in a file."""
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return read_model(load_yaml(text), text)
 
 
 def read_model(raw: dict[str, Any], path: str) -> ModelConfig:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from models import ModelConfig, UserError, meta_model, model_config
-from models.match import BUDGETS, Match, match
+from models.__main__ import main
+from models.match import BUDGETS, CONTROLS, Match, control, match
 from models.parsing import to_dict
 from models.types import Cost, count_params
+from tests.runs import ROOT, write_config
 
 
 def dense(width: int) -> ModelConfig:
@@ -163,10 +166,182 @@ def test_match_on_state_uses_the_length():
         ({"vary": "n_layers"}, "n_layers=1: pattern of 4 blocks does not divide n_layers=1; nearest: 4"),
         ({"vary": "mixer.window", "on": "flops"}, "out of reach: mixer.window=.* gives"),
         ({"vary": "d_model", "multiple_of": 64, "target": 7}, "out of reach: d_model=64 already gives"),
+        ({"to": 1000}, "params of 1,000 is out of reach: channel.hidden=1 already gives"),
     ],
 )
 def test_match_says_what_is_wrong(changes: dict[str, Any], said: str):
     given = {"seq_len": 16, "target": 100, **changes}
-    target = small(hidden=given.pop("target"))
+    given = {"to": small(hidden=given.pop("target")), **given}
     with pytest.raises(UserError, match=said):
-        match(small(hidden=7), to=target, **given)
+        match(small(hidden=7), **given)
+
+
+# -- a graph memory and its dense rivals: 16 blocks, width 768, 128 slots, navigation width 128 (arXiv:2604.23862)
+
+d, F, V_NAV, LAYERS = 768, 128, 128, 16
+GMT_PARAMS = 77_183_232 + LAYERS * (
+    F * d + F * F + 2 * d * V_NAV + 4 * d + 2
+)  # everything but the channels, and the cells
+PUBLISHED = 2 * (2 * d * F + d * V_NAV + V_NAV * F + F * F) + 2 * F * d  # similarity, two mixtures, Q, scores, edges
+DIFFERENCE = PUBLISHED - 2 * F * d  # one product with the difference of two distributions
+FUSED = DIFFERENCE - 2 * F * V_NAV  # scores through one precomputed matrix
+
+
+def test_equal_parameters_with_a_graph_memory():
+    assert GMT_PARAMS == 82_213_152
+    found = match(dense(4), to=GMT_PARAMS)
+    assert (found.value, found.achieved, found.residual) == (205, 82_221_312, 8_160)
+    assert str(found) == "82,221,312, target 82,213,152: +8,160 (+0.010%)"
+
+
+@pytest.mark.parametrize(
+    ("flops", "mega", "width"), [(PUBLISHED, 0.852, 277), (DIFFERENCE, 0.655, 213), (FUSED, 0.623, 203)]
+)
+def test_equal_flops_with_a_graph_memory(flops: int, mega: float, width: int):
+    """The cell as published, with one product for both mixtures, and fused; everything around the channels is common."""
+    assert round(flops / 1e6, 3) == mega
+    around = meta_model(dense(4)).cost(1024).flops_per_token - LAYERS * 2 * 2 * d * 4
+    found = match(dense(4), to=around + LAYERS * flops, on="flops")
+    assert found.value == width
+    assert abs(found.residual) <= LAYERS * 2 * d  # half a step
+    if flops == PUBLISHED:
+        assert meta_model(found.config).cost(1024).params == 83_990_784
+
+
+# -- fields that are bounded
+
+
+def ffn(**options: Any) -> ModelConfig:
+    channel = {"kind": "structured_ffn", "hidden": 24, **options}
+    return model_config({"d_model": 12, "n_layers": 2, "vocab_size": 11, "blocks": {"a": {"channel": channel}}})
+
+
+@pytest.mark.parametrize("on", ["params", "flops"])
+def test_a_bounded_field_is_searched_to_its_bound(on: str):
+    """The rank of a 24 x 12 matrix is 12 at most, which doubling passes by."""
+    sizes = [getattr(meta_model(ffn(rank=r)).cost(8), BUDGETS[on]) for r in range(1, 13)]
+    step = sizes[1] - sizes[0]
+    for rank, size in enumerate(sizes, 1):
+        for target, value in ((size, rank), (size + step // 3, rank), (size - step // 3, rank)):
+            if sizes[0] <= target <= sizes[-1]:
+                found = match(ffn(), to=target, on=on, vary="channel.rank", seq_len=8)
+                assert (found.value, found.residual) == (value, size - target)
+    with pytest.raises(UserError) as error:
+        match(ffn(), to=sizes[-1] + 1, on=on, vary="channel.rank", seq_len=8)
+    assert f"channel.rank=12 gives {sizes[-1]:,.0f}, and channel.rank=13: layer 0, channel: rank=13 is above" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "said"),
+    [
+        ("block_shuffle", {}, "channel.hidden=1: .*blocks=4 does not divide .* of 1; nearest: 1"),
+        ("block_shuffle", {"vary": "channel.blocks"}, "params falls as channel.blocks grows: vary another field"),
+        ("block_dense", {"vary": "channel.rank"}, "channel.rank=1: .*blocks=4 does not divide rank=1; nearest: 1"),
+    ],
+)
+def test_blocks_must_divide(form: str, changes: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=said):
+        match(ffn(form=form), to=1500, **changes)
+
+
+@pytest.mark.parametrize(("form", "vary", "to"), [("block_shuffle", "hidden", 700), ("block_dense", "rank", 900)])
+def test_multiples_of_the_blocks(form: str, vary: str, to: int):
+    found = match(ffn(form=form, rank=4), to=to, vary=f"channel.{vary}", multiple_of=4)
+    sizes = {n: meta_model(ffn(form=form, **{"rank": 4, vary: n})).cost(8).params for n in range(4, 44, 4)}
+    best = min(sizes, key=lambda n: (abs(sizes[n] - to), n))
+    assert (found.value, found.achieved) == (best, sizes[best])
+    assert 4 < best < 40
+
+
+# -- controls
+
+
+@pytest.mark.parametrize("on", ["params", "flops"])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls(name: str, on: str):
+    """Within half a step of the target, with everything but the channels as it was."""
+    config = dense(277)
+    found = control(config, name, on)
+    channel, vary, multiple_of = CONTROLS[name]
+    (block,) = found.config.blocks.values()
+    assert block.channel.kind == channel.get("kind", "gelu")
+    assert getattr(block.channel, vary) == found.value
+    assert found.value % multiple_of == 0
+    assert dataclasses.replace(found.config, blocks=config.blocks) == config
+    assert block.mixer == config.blocks["block"].mixer
+    assert found.target == getattr(meta_model(config).cost(1024), BUDGETS[on])
+    for other in (found.value - multiple_of, found.value + multiple_of):
+        raw = to_dict(found.config)
+        raw["blocks"]["block"]["channel"][vary] = other
+        size = getattr(meta_model(model_config(raw)).cost(1024), BUDGETS[on])
+        assert abs(size - found.target) > abs(found.residual)
+    if name == "dense":
+        assert found.config == config
+
+
+def test_controls_of_a_model_with_its_first_layer_dense():
+    """Layers with a kind of their own stay; amendments of keys of what is replaced go; a block without a channel has none."""
+    raw = to_dict(small(hidden=7))
+    at = {
+        0: {"channel": {"kind": "gelu", "hidden": 5}},
+        2: {"channel": {"hidden": 9}, "mixer": None},
+        1: {"channel": None},
+    }
+    config = model_config({**raw, "at": at})
+    found = control(config, "low_rank", to=9000, activation="swiglu", seq_len=16).config
+    kinds = [block.channel.kind if block.channel else None for block in found.layers()]
+    assert kinds == ["gelu", None, "structured_ffn", None]
+    assert found.layers()[2].mixer is None
+    assert found.blocks["a"].channel.activation == "swiglu"
+    bare = model_config({**raw, "blocks": {"a": {"mixer": ATTENTION}}, "pattern": []})
+    with pytest.raises(UserError, match="no block of this model has a channel to replace"):
+        control(bare, "dense")
+    with pytest.raises(UserError, match=r"unknown control 'low-rank'; did you mean 'low_rank'\?"):
+        control(config, "low-rank")
+
+
+# -- the command
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one = str(write_config(tmp_path, to_dict(ffn(rank=3))))
+    two = str(write_config(tmp_path, to_dict(ffn(rank=7)), "two"))
+    assert main(["match", one, "--to", two, "--vary", "channel.rank", "--seq-len", "8"]) == 0
+    assert capsys.readouterr().out == "channel.rank=7\nparams 1,176, target 1,176: +0 (+0.000%)\n"
+    flops = meta_model(ffn(rank=7)).cost(8).flops_per_token
+    assert main(["match", one, "--to", f"{flops:,.0f}", "--on", "flops", "--vary", "channel.rank"]) == 0
+    assert capsys.readouterr().out.startswith("channel.rank=7\nflops ")
+    assert main(["match", two, "--controls"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "equal params at T=32",
+        "  channel: {hidden: 21, kind: gelu}",
+        "  channel: {kind: structured_ffn, form: low_rank, rank: 4}",
+        "equal flops at T=32",
+    ):
+        assert line in said.splitlines(), said
+    assert "hidden: 24" not in said
+    assert main(["match", two, "--controls", "--on", "flops", "--activation", "swiglu"]) == 0
+    assert "params" not in capsys.readouterr().out
+    for words, why in (
+        ([one, "--to", "nowhere.yaml"], "no file 'nowhere.yaml'"),
+        ([one, "--to", "1e12", "--vary", "channel.rank"], "out of reach"),
+        ([one, "--to", "5000", "--vary", "channel.rnk"], "did you mean 'channel.rank'?"),
+    ):
+        assert main(["match", *words]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert err.startswith("error: ")
+        assert why in err
+
+
+def test_the_help_is_true(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main(["match", "--help"])
+    examples = " ".join(capsys.readouterr().out.split()).partition("examples: ")[2].split("; ")
+    assert len(examples) == 2
+    monkeypatch.chdir(ROOT)
+    for example in examples:
+        assert main(example.removeprefix("python -m models ").split()) == 0
