@@ -158,7 +158,8 @@ def _line(error: BaseException, path: Path) -> str:
 
 
 def _said(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    """A user's error as it is, any other with its kind."""
+    return str(error) if getattr(error, "one_line", False) else f"{type(error).__name__}: {error}"
 
 
 # -- from a question to configs
@@ -179,8 +180,8 @@ def resolve(question: Question, overrides: Sequence[str] = (), tiny: bool = Fals
             to = one(variant.to, (*asking, name)) if variant.to else None
             try:
                 found[name] = _config(question, variant, overrides, to)
-            except UserError as error:
-                raise UserError(f"variant '{name}': {error}") from error
+            except Exception as error:
+                raise UserError(f"variant '{name}': {_said(error)}") from error
         return found[name]
 
     for name in question.variants:
@@ -191,10 +192,7 @@ def resolve(question: Question, overrides: Sequence[str] = (), tiny: bool = Fals
 
 def _config(question: Question, variant: Variant, overrides: Sequence[str], to: RunConfig | None) -> RunConfig:
     if callable(variant.changes):
-        try:
-            cfg = variant.changes(schema.load(question.base, overrides))
-        except Exception as error:
-            raise UserError(_said(error)) from error
+        cfg = variant.changes(schema.load(question.base, overrides))
         if not isinstance(cfg, RunConfig):
             raise UserError(f"its function must return a RunConfig, got {cfg!r}")
     else:
@@ -210,7 +208,7 @@ def _config(question: Question, variant: Variant, overrides: Sequence[str], to: 
 def other_setting(before: RunConfig, now: RunConfig) -> str | None:
     """The first setting that makes these configs of two variants, in words; None if they are of one."""
     for key, old, new in schema.differences(before, now):
-        filled_in = key == "model.vocab_size" and new is None
+        filled_in = key == "model.vocab_size" and not new
         if not schema.is_under(key, MAY_DIFFER) and not filled_in:
             return f"'{key}' is {old!r} there, {new!r} here"
     return None
