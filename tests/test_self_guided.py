@@ -20,6 +20,7 @@ from tests.test_distributed import GRADIENT, LOSS, watch
 from tests.tools import assert_close, random_batch, rel_err, spread, state_hash
 from training.interventions import SelfGuided, freeze, notes
 from training.optim import OptimConfig, Optimizer
+from training.parallel import World, sync_gradients
 
 VOCAB, STEPS = 23, 12
 ATTENTION = {"kind": "attention", "heads": 2}
@@ -50,6 +51,7 @@ def step(change: SelfGuided, i: int, total: int, model: LM, optim: Optimizer) ->
     """One step of the loop, on a batch of its own."""
     change(i, total, model, optim)
     model.total(model(random_batch(2, 6, seed=i)).losses).backward()
+    sync_gradients(optim, World(0, 1, torch.device("cpu")))
     optim.step()
     optim.zero_grad()
 
