@@ -63,6 +63,7 @@ def ablate(
             # 2. time is up, or someone pressed Ctrl-C: each run saves and ends after its step; asked again, at once
             if time.monotonic() > deadline and not stop.asked:
                 stop.asked = 1
+                progress.say("time is up: every run saves after its step")
             for child in running:
                 child.signal(stop.asked)
             # 3. free places take the next runs; one that another process is training is left to it
@@ -176,7 +177,6 @@ def start(run: Run, place: dict[str, str], flags: list[str]) -> Child | None:
 
     The lock is the child's: it is free when that process is gone, however it went, and held on when this one is killed.
     """
-    run.note("lock").parent.mkdir(parents=True, exist_ok=True)
     with run.note("lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -375,13 +375,17 @@ def main(argv: list[str] | None = None) -> int:
         runs = plan(question, configs, seeds, folder)
         for run in runs:
             run.check()
+        try:
+            (folder / QUEUE).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
         print(question.text, file=sys.stderr, flush=True)
         deadline = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
         places = places_for(args.jobs, visible_gpus(list(configs.values())), cores())
         ablate(runs, places, deadline, args.retry, ["--allow-foreign"] if args.allow_foreign else [])
     found = answer(question, folder, seeds)
     print(write_report(found, folder / "report"))
-    print(f"\n{folder / 'report'}/: report.md, report.csv, report.json, quality.png, loss.png")
+    print(f"\n{folder / 'report'}/: {', '.join(sorted(p.name for p in (folder / 'report').iterdir()))}")
     failed = sum(r.state == "failed" for r in found.runs)
     if failed:
         print(f"{failed} runs failed; --retry tries them again", file=sys.stderr)

@@ -195,6 +195,10 @@ class Answer:
     lines: list[Line]
     not_counted: list[str]  # folders of seeds that were not asked for
 
+    def configs(self) -> dict[str, RunConfig]:
+        """Of every variant that has a run folder, from its first."""
+        return {r.variant: r.config for r in reversed(self.runs) if r.config}
+
     def costs(self, variant: str) -> Costs | None:
         """Of the variant's finished runs: alike but for speed (the mean) and memory (the most)."""
         found = [r.costs for r in self.runs if r.variant == variant and r.costs]

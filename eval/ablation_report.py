@@ -24,6 +24,8 @@ from models.match import BUDGETS
 from models.parsing import to_dict
 from models.summary import describe
 
+DATA = ("data", "train.batch_size")  # with the seed, all that the order of the data depends on
+
 
 def render(found: Answer) -> str:
     """The whole report as Markdown."""
@@ -51,11 +53,23 @@ def _protocol(found: Answer) -> str:
     level = f"{100 * (1 - found.question.alpha):g}%"
     return (
         f"{finished} of {len(found.runs)} runs finished: {len(found.question.variants)} variants, seeds "
-        f"{', '.join(map(str, found.seeds))}. A seed gives every variant the same data in the same order. Differences are "
-        f"to {found.question.baseline}, paired by seed; intervals (±) and p are of paired t tests, corrected by Holm's "
-        f"procedure for {count} comparisons at {level} together. A difference is claimed from {MIN_SEEDS} seeds on and "
-        "where its interval excludes zero; that holds for a number of seeds that was fixed beforehand."
+        f"{', '.join(map(str, found.seeds))}. A seed gives every variant the same data in the same order{_but_for(found)}. "
+        f"Differences are to {found.question.baseline}, paired by seed; intervals (±) and p are of paired t tests, corrected "
+        f"by Holm's procedure for {count} comparisons at {level} together. A difference is claimed from {MIN_SEEDS} seeds "
+        "on and where its interval excludes zero; that holds for a number of seeds that was fixed beforehand."
     )
+
+
+def _but_for(found: Answer) -> str:
+    """Variants that see other data than the baseline, as a clause."""
+    configs = found.configs()
+    base = configs.get(found.question.baseline)
+    others = [
+        v
+        for v, cfg in configs.items()
+        if base and any(schema.is_under(k, DATA) for k, _, _ in schema.differences(base, cfg))
+    ]
+    return f", but for {', '.join(others)}, whose settings of the data differ" if others else ""
 
 
 def _quality(found: Answer, lines: Sequence[Line]) -> str:
@@ -110,7 +124,7 @@ def _matched(found: Answer, variant: str) -> str | None:
 
 def _changes(found: Answer) -> str:
     """What the configs of the runs say: every setting in which a variant differs from the baseline."""
-    configs = {r.variant: r.config for r in reversed(found.runs) if r.config}
+    configs = found.configs()
     base = configs.get(found.question.baseline)
     lines = []
     for variant, own in configs.items() if base else ():

@@ -23,8 +23,9 @@ import train
 from configs.question import Metric, Question, Variant, load_question, resolve
 from data import DataConfig
 from eval import ablation_report
-from eval.ablation import answer, read_run
+from eval.ablation import Costs, answer, read_run, sentence
 from eval.ablation_report import render
+from eval.statistics import compare
 from models import UserError
 from models.lm import meta_model
 from models.types import count_params
@@ -290,7 +291,10 @@ def test_places(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_is_claimed(stand_in: Path, capsys: pytest.CaptureFixture[str]):
     """A difference of 0.195 between runs that differ by 0.01 beside their seed, and one of 0.001: from five seeds on."""
-    variants = "'b': Variant(['optim.lr=0.2']), 'c': Variant(['optim.lr=0.006', 'model.n_layers=4'])"
+    variants = (
+        "'b': Variant(['optim.lr=0.2']), 'c': Variant(['optim.lr=0.006', 'model.n_layers=4']), "
+        "'d': Variant(['optim.lr=0.007', 'model.n_layers=3', 'train.batch_size=16'], to='a')"
+    )
     asked = write_question(stand_in, variants, "seeds=5")
     assert ablate.main([str(asked)]) == 0
     text = capsys.readouterr().out
@@ -300,6 +304,12 @@ def test_what_is_claimed(stand_in: Path, capsys: pytest.CaptureFixture[str]):
     assert claim.endswith("nats (val/loss) at equal parameters, FLOPs and state, n=5")
     assert float(words[5]) == pytest.approx(0.195, abs=0.02)
     assert "no difference shown between c and a: " in text
+    assert "in the same order, but for d, whose settings of the data differ." in text
+    configs = resolve(load_question(asked))
+    sizes = {v: count_params(meta_model_of(configs[v])) for v in "ad"}
+    residual = 100 * (sizes["d"] / sizes["a"] - 1)
+    assert abs(residual) < 2
+    assert f"params of a by channel.hidden: {residual:+.2f}%" in text
     runs = stand_in / "runs" / "asked"
     losses = {
         v: [
@@ -322,7 +332,32 @@ def test_what_is_claimed(stand_in: Path, capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     assert "beats" not in text
     assert "n=4; a claim needs 5" in text
-    assert "not counted: a-s4, b-s4, c-s4" in text
+    assert "not counted: a-s4, b-s4, c-s4, d-s4" in text
+
+
+def costs(params: int, flops: float, state: float) -> Costs:
+    return Costs(params, params, flops, state, 1, 3 * flops, None, None, "", 1)
+
+
+def test_sentences():
+    """Who beats whom, by how much, at what budget, from the side of the winner."""
+    loss, accuracy = Metric("val/loss"), Metric("val/accuracy")
+    (clear,) = compare([[-0.031, -0.037, -0.025, -0.033, -0.029]])
+    small, large = costs(1000, 100.0, 64.0), costs(1008, 200.0, 16.0)
+    said = sentence(loss, ("B", "A"), (small, large), clear, 5, 5)
+    assert (
+        said == "B beats A by 0.0310 ± 0.0056 nats (val/loss) at equal parameters, with FLOPs x 0.5 and state x 4, n=5"
+    )
+    said = sentence(accuracy, ("B", "A"), (small, large), clear, 5, 6)
+    assert said.startswith(
+        "A beats B by 0.0310 ± 0.0056 (val/accuracy) at equal parameters, with FLOPs x 2 and state x 0.25"
+    )
+    assert said.endswith(", n=5 of 6 seeds")
+    said = sentence(loss, ("B", "A"), (small, large), clear._replace(n=4), 4, 4)
+    assert said == "no difference shown between B and A: -0.0310 ± 0.0056 nats (val/loss), n=4; a claim needs 5"
+    (unclear,) = compare([[0.3, -0.2, 0.1, -0.1, 0.2, -0.3]])
+    said = sentence(loss, ("B", "A"), (small, large), unclear, 6, 6)
+    assert said == "no difference shown between B and A: +0.00 ± 0.25 nats (val/loss), n=6"
 
 
 def test_from_copied_folders_alone(stand_in: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -483,6 +518,7 @@ def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([asked, "--minutes", "-1"], "--minutes must be at least 0"),
         ([asked, "--jobs", "0"], "--jobs must be at least 1"),
         ([asked, "--report"], "no folder"),
+        ([asked, "--out", asked / "under"], "cannot make the folder"),
         ([asked, "train.stps=3"], "did you mean 'steps'?"),
     ):
         assert ablate.main(list(map(str, words))) == 2

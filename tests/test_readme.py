@@ -51,6 +51,8 @@ def test_commands(tmp_path: Path) -> None:
         assert words[0] == "python"
         if words[1] == "train.py" and "--resume" not in words:
             words.append("--tiny")
+        if words[1] == "ablate.py":  # its runs are those of tests/test_ablate.py
+            words += ["--tiny", "--minutes", "0"]
         if "eval" in words:
             words += ["--limit", "4"]
         done = run([sys.executable, *words[1:]], project, HF_HUB_OFFLINE="1")
