@@ -22,7 +22,7 @@ from kernels import dispatch
 from kernels.gmt_cell import reference
 from kernels.library import Op, Tensors
 
-MAX_SLOTS = 128  # of the Triton form, whose programs hold whole rows of F
+MAX_SLOTS, MAX_SLOTS_FP32 = 128, 64  # of the Triton form, whose programs hold whole rows of F in registers
 
 
 class Hop(NamedTuple):
@@ -71,7 +71,8 @@ def gmt_cell(
 def _why_not(dtype: torch.dtype, slots: int) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"x is {dtype}"
-    return None if slots <= MAX_SLOTS else f"more than {MAX_SLOTS} slots"
+    most = MAX_SLOTS_FP32 if dtype == torch.float32 else MAX_SLOTS
+    return None if slots <= most else f"more than {most} slots in {dtype}"
 
 
 def _form(backend: str) -> Any:

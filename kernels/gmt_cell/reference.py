@@ -136,7 +136,17 @@ def backward(
 
     dx = torch.addmm(x * -along, d_logits, torch.cat([directions, scores]))
     d_tables = d_logits.T @ x
-    found = [dx, d_tables[:f], d_tables[f:], source.T @ d_hop, scaled.T @ dy, d_gram, None, None, d_edge_scale]
+    found = [
+        dx,
+        d_tables[:f].clone(),
+        d_tables[f:].clone(),
+        source.T @ d_hop,
+        scaled.T @ dy,
+        d_gram,
+        None,
+        None,
+        d_edge_scale,
+    ]
     if bias is not None:
         found[6] = dy.sum(0)
     return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
