@@ -14,7 +14,7 @@ from models.state import clone, nbytes
 
 SHORT, LONG = 1024, 65536
 STEPS = 16
-PIECE = 2048  # tokens of the context in one forward
+PIECE = 1024  # tokens of the context in one forward; divides the short one
 WIDTH, LAYERS, HEADS = 256, 4, 4
 
 _DELTA = {"kind": "gated_delta", "heads": HEADS, "head_dim": WIDTH // HEADS, "expand_v": 1.0}

@@ -41,9 +41,10 @@ def test_equals_the_definition(size: tuple[int, int, int], dtype: torch.dtype, l
     )
     assert torch.equal(got.nearest, got.source.argmax(1).int())
     if norm:
-        moved = got.target - got.source
-        unscaled = moved @ args["values"]  # pyright: ignore[reportOperatorIssue]
-        assert_close([got.scale[:, None] * unscaled + args["bias"]], [got.y], "forms", dtype)
+        values, bias = args["values"], args["bias"]
+        assert values is not None
+        assert bias is not None
+        assert_close(got.scale[:, None] * ((got.target - got.source) @ values) + bias, got.y, "forms", dtype)
 
 
 @MODES
@@ -55,11 +56,12 @@ def test_gradcheck(log: bool, norm: bool):
     args["edges"] = torch.rand(3, 3, dtype=torch.float64)  # near log 0 differences say little
     args = cast(args, torch.float64)
     names = [name for name, t in args.items() if t is not None and t.requires_grad and name != "gram"]
+    inputs: Any = [args[name] for name in names]
 
     def outputs(*tensors: Any) -> Any:
         return run(args | dict(zip(names, tensors, strict=True)))[:3]
 
-    assert torch.autograd.gradcheck(outputs, [args[name] for name in names])
+    assert torch.autograd.gradcheck(outputs, inputs)
 
 
 def test_the_gradient_of_the_gram_matrix_is_symmetric():
