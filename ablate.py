@@ -44,6 +44,7 @@ from training.runlog import clock
 TRAIN = Path(__file__).resolve().with_name("train.py")
 PROGRESS_EVERY = 10.0  # seconds between progress lines where there is no terminal
 POLL = 0.1  # seconds
+ATTEMPT = "=== started: "  # before each process's part of a log
 
 
 def ablate(
@@ -120,7 +121,10 @@ class Run:
         return not self.is_finished() and (retry or not self.has_failed())
 
     def check(self) -> None:
-        """Raise UserError when the folder holds a run of other settings."""
+        """Raise UserError when the folder holds a run of other settings, or what should not be replaced."""
+        resumable = self.is_finished() or checkpoints(self.folder)
+        if self.folder.exists() and not resumable and not self.note("yaml").is_file():
+            raise UserError(f"{self.folder} is in the way: no checkpoint in it, and it was not started from here")
         if (self.folder / "config.yaml").is_file() or checkpoints(self.folder):
             what = other_setting(schema.load(self.folder / "config.yaml"), self.config)
             if what:
@@ -185,7 +189,7 @@ def start(run: Run, place: dict[str, str], flags: list[str]) -> Child | None:
         run.note("json").unlink(missing_ok=True)
         words = [sys.executable, str(TRAIN), *run.command(), *flags]
         with run.note("log").open("ab") as log:
-            log.write(f"--- {' '.join(words)}\n".encode())
+            log.write(f"{ATTEMPT}{' '.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 words,
@@ -205,10 +209,10 @@ def _last_words(log: Path, code: int) -> str:
     """Why a process failed: its error line, or the last one; and the signal that ended it."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next(
-        (line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else f"exit {code}"
-    )
+    newest = log.read_text(errors="replace").rpartition(ATTEMPT)[2]
+    _, *lines = [line.strip() for line in newest.splitlines() if line.strip()]  # the first is its command
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"exit code {code}, without a word"])[-1]
 
 
 def _replace(path: Path, text: str) -> None:
@@ -283,7 +287,6 @@ class Progress:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs, self.began, self.shown, self.tty = runs, time.monotonic(), 0.0, sys.stderr.isatty()
-        self.total = sum(r.config.train.steps for r in runs)
         self.at_start = self.steps()
 
     def steps(self) -> int:
@@ -338,7 +341,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, metavar="J", help="runs at a time; default: one per GPU, one on a CPU")
     parser.add_argument("--out", metavar="DIR", help="the question's folder; default: runs/QUESTION")
     flag("--retry", help="try failed runs again, from their last checkpoint")
-    flag("--report", help="train nothing: only read the run folders")
+    flag("--report", help="train nothing: read the run folders as they are")
     flag("--tiny", help="shrunk models and two steps: does this question work?")
     flag("--allow-foreign", help="permit kind: package.module:Class (runs that code)")
     args = parser.parse_intermixed_args(argv)
@@ -362,16 +365,14 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     zoo.allow_foreign(args.allow_foreign)
     question = load_question(args.question)
-    seeds = range(args.seeds) if args.seeds else question.seeds
-    assert not isinstance(seeds, int)
+    seeds = range(args.seeds) if args.seeds else question.all_seeds()
     name = question.name + ("-tiny" if args.tiny else "")
+    folder = Path(args.out or f"{schema.load(question.base, args.overrides).out_dir}/{name}")
     if args.report:
-        folder = Path(args.out or f"{schema.load(question.base).out_dir}/{name}")
         if not folder.is_dir():
             raise UserError(f"no folder '{folder}' to report on; --out names another one")
     else:
         configs = resolve(question, args.overrides, args.tiny)
-        folder = Path(args.out or f"{configs[question.baseline].out_dir}/{name}")
         runs = plan(question, configs, seeds, folder)
         for run in runs:
             run.check()

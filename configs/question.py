@@ -124,13 +124,18 @@ class Question:
             raise UserError("a question needs at least two variants")
         if isinstance(self.metrics, str | Metric) or not self.metrics:
             raise UserError(f"metrics: expected a list of at least one, got {self.metrics!r}")
-        object.__setattr__(self, "metrics", tuple(Metric(m) if isinstance(m, str) else m for m in self.metrics))
-        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        self.all_metrics()
+        seeds = self.all_seeds()
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds: expected a number of at least 1, or different numbers from 0, got {self.seeds!r}")
-        object.__setattr__(self, "seeds", tuple(seeds))
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha must be between 0 and 1, got {self.alpha}")
+
+    def all_seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.seeds) if isinstance(self.seeds, int) else self.seeds)
+
+    def all_metrics(self) -> tuple[Metric, ...]:
+        return tuple(Metric(m) if isinstance(m, str) else m for m in self.metrics)
 
 
 def load_question(path: str | Path) -> Question:

@@ -217,7 +217,7 @@ class Answer:
 
 def answer(question: Question, folder: Path, seeds: Sequence[int]) -> Answer:
     """Read every run of ``folder`` and compare. Raises UserError where two runs of a variant differ in more than their seed."""
-    metrics = [m for m in question.metrics if isinstance(m, Metric)]
+    metrics = question.all_metrics()
     runs = [read_run(folder, variant, seed, metrics) for seed in seeds for variant in question.variants]
     for variant in question.variants:
         _must_be_alike([r for r in runs if r.variant == variant])

@@ -150,7 +150,7 @@ def test_all_runs_then_a_report_and_nothing_twice(
 def test_seeds_take_turns(stand_in: Path):
     """Whatever is cut short holds whole pairs."""
     question = load_question(write_question(stand_in, "'b': Variant(['optim.lr=0.2'])", "seeds=[4, 2]"))
-    runs = ablate.plan(question, resolve(question), question.seeds, stand_in)
+    runs = ablate.plan(question, resolve(question), question.all_seeds(), stand_in)
     assert [r.name for r in runs] == ["a-s4", "b-s4", "a-s2", "b-s2"]
     assert [(r.config.seed, r.config.optim.lr) for r in runs] == [(4, 5e-3), (4, 0.2), (2, 5e-3), (2, 0.2)]
 
@@ -456,7 +456,7 @@ def test_precedence_and_functions(tmp_path: Path):
         "  c=Variant(['model.n_layers=4', 'train.steps=5'], to='a'), d=Variant(['model.d_model=12'], to='c', on='flops')))\n"
     )
     question = load_question(path)
-    assert (question.name, question.text, question.seeds) == ("asked", "", (0, 1, 2, 3, 4))
+    assert (question.name, question.text, question.all_seeds()) == ("asked", "", (0, 1, 2, 3, 4))
     configs = resolve(question, ["train.steps=7", "optim.lr=0.125"])
     assert list(configs) == list("abcd")
     assert [c.train.steps for c in configs.values()] == [7, 7, 5, 7]
@@ -526,6 +526,12 @@ def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert line.startswith("error: ")
         assert message in line
     assert not (tmp_path / "runs").exists()
+    theirs = tmp_path / "runs" / "asked" / "b-s2"
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("years of work")
+    assert ablate.main([str(asked)]) == 2
+    assert "b-s2 is in the way: no checkpoint in it" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "runs").rglob("*")] == ["asked", "b-s2", "thesis.txt"]
     with pytest.raises(UserError, match="expected Variant"):
         Question("x.yaml", {"a": "b"}, "a")  # pyright: ignore[reportArgumentType]
 

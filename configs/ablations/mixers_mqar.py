@@ -1,8 +1,8 @@
 """Which memory finds again what it was told, at equal parameters?
 
-Associative recall (arXiv:2312.04927): attention keeps every token and is the ceiling; a sum of keys times values forgets
-nothing and so cannot tell; the gated delta rule erases what a key held before it writes; a mixture of memories routes tokens
-to several of those. All but attention remember 16 x 16 numbers in each head or memory.
+Associative recall (arXiv:2312.04927). Attention keeps every token. Linear attention adds up keys times values and forgets
+nothing, the gated delta rule erases what a key held before it writes, and a mixture of memories sends each token to a few of
+several such memories. All but attention remember 16 x 16 numbers in each head or memory; the baseline is the config's mixer.
 """
 
 from configs.question import Question, Variant
