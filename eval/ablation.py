@@ -73,14 +73,8 @@ def read_run(folder: Path, variant: str, seed: int, metrics: Sequence[Metric]) -
     environment = _read(run / "environment.json")
     step = last_step(run)
     if not environment.get("finished") or step < cfg.train.steps:
-        where = f"step {step} of {cfg.train.steps}"
-        return RunResult(
-            variant,
-            seed,
-            "failed" if failure else "unfinished",
-            f"{where}: {failure}" if failure else where,
-            config=cfg,
-        )
+        state, why = ("failed", f": {failure}") if failure else ("unfinished", "")
+        return RunResult(variant, seed, state, f"step {step} of {cfg.train.steps}{why}", config=cfg)
     values, problems = {}, []
     for metric in metrics:
         try:
@@ -310,9 +304,7 @@ def sentence(
 
 def measured(mean: float, half: float, sign: bool = False) -> str:
     """A mean with its half-width, both to two digits of the latter."""
-    digits = 2
-    if half > 0:
-        digits = max(0, 1 - math.floor(math.log10(half)))
+    digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 6
     return f"{mean:{'+' if sign else ''}z.{digits}f} ± {half:.{digits}f}"
 
 

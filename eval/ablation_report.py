@@ -55,8 +55,9 @@ def _protocol(found: Answer) -> str:
         f"{finished} of {len(found.runs)} runs finished: {len(found.question.variants)} variants, seeds "
         f"{', '.join(map(str, found.seeds))}. A seed gives every variant the same data in the same order{_but_for(found)}. "
         f"Differences are to {found.question.baseline}, paired by seed; intervals (±) and p are of paired t tests, corrected "
-        f"by Holm's procedure for {count} comparisons at {level} together. A difference is claimed from {MIN_SEEDS} seeds "
-        "on and where its interval excludes zero; that holds for a number of seeds that was fixed beforehand."
+        f"by Holm's procedure for {count} comparisons at {level} together; d is the mean difference in standard "
+        f"deviations of the differences. A difference is claimed from {MIN_SEEDS} seeds on and where its interval "
+        "excludes zero; that holds for a number of seeds that was fixed beforehand."
     )
 
 

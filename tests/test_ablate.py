@@ -23,7 +23,7 @@ import train
 from configs.question import Metric, Question, Variant, load_question, resolve
 from data import DataConfig
 from eval import ablation_report
-from eval.ablation import Costs, answer, read_run, sentence
+from eval.ablation import Costs, answer, measured, read_run, sentence
 from eval.ablation_report import render
 from eval.statistics import compare
 from models import UserError
@@ -355,6 +355,8 @@ def test_sentences():
     assert said.endswith(", n=5 of 6 seeds")
     said = sentence(loss, ("B", "A"), (small, large), clear._replace(n=4), 4, 4)
     assert said == "no difference shown between B and A: -0.0310 ± 0.0056 nats (val/loss), n=4; a claim needs 5"
+    assert measured(0.25, 0.0) == "0.250000 ± 0.000000"
+    assert measured(-1234.5, 321.0, sign=True) == "-1234 ± 321"
     (unclear,) = compare([[0.3, -0.2, 0.1, -0.1, 0.2, -0.3]])
     said = sentence(loss, ("B", "A"), (small, large), unclear, 6, 6)
     assert said == "no difference shown between B and A: +0.00 ± 0.25 nats (val/loss), n=6"
