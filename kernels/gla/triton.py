@@ -5,13 +5,14 @@ of H key heads, HV value heads, R rows, N slots, in the dtype of v where no othe
 
     pairs [N, H, C, C]              s P: what each row reads of what each row of its chunk writes
     reads, writes [R, H, K]         s Q * exp(gamma) and K * exp(gamma_C - gamma)
-    decays [N, H, K] fp32           exp(gamma_C), of whole chunks
+    gamma [N, H, 1 or 2, C, K] fp32 the sum of g inside the chunk; for fp32 inputs as two numbers that add up to it, since after a
+                                    strong decay what is left of a small one would be rounding in one
     states, dstates [N, HV, K, V]   the state before each chunk, and the gradient of that after it
 
-With these the scans, the only serial part, hold no exponential: O = pairs V + reads S, S' = decays S + writes^T V, and in reverse
-dV = pairs^T dO + writes dS', dS = decays dS' + reads^T dO, one kernel for both. All that a chunk does by itself is in ``prepare``
-and ``gradients``, which halve the chunk as the reference does; each level of halves is one product of whole tiles and a mask, in
-a loop: unrolled, the levels hold each other's operands in registers and spill.
+With these the scans, the only serial part, hold few exponentials: O = pairs V + reads S, S' = exp(gamma_C) S + writes^T V, and in
+reverse dV = pairs^T dO + writes dS', dS = exp(gamma_C) dS' + reads^T dO, one kernel for both. All that a chunk does by itself is
+in ``prepare`` and ``gradients``, which halve the chunk as the reference does; each level of halves is one product of whole tiles
+and a mask, in a loop: unrolled, the levels hold each other's operands in registers and spill.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
@@ -97,10 +98,10 @@ class _Call:
         self.slots = slots(self.batch, self.time, cu, self.config.chunk)
         self.sizes = (self.segments, self.batch * self.time, self.time)
         self.shape = (self.heads, self.value_heads // self.heads, self.key, self.value)
-        self.strides = {"q_stride": self.q.stride(1), "k_stride": self.k.stride(1), "g_stride": self.g.stride(1)}
+        self.strides = {"q_stride": self.q.stride(1), "k_stride": self.k.stride(1)}
 
     def results(self) -> list[Tensor]:
-        """Memory for o and the final state; where a backward follows, also for pairs, reads, writes, decays and states."""
+        """Memory for o and the final state; where a backward follows, also for pairs, reads, writes, gamma and states."""
         final = self.state() if self.final else self.v.new_empty(0, dtype=wide_dtype(self.v))
         outputs = [torch.empty_like(self.v, memory_format=torch.contiguous_format), final]
         return [*outputs, *self.prepared(), self.states()] if self.keep else outputs
@@ -112,7 +113,7 @@ class _Call:
             like.new_empty(n, self.heads, c, c),
             like.new_empty(rows),
             like.new_empty(rows),
-            like.new_empty(n, self.heads, self.key, dtype=torch.float32),
+            like.new_empty(n, self.heads, 2 if _two(like.dtype) else 1, c, self.key, dtype=torch.float32),
         ]
 
     def states(self) -> Tensor:
@@ -123,10 +124,11 @@ class _Call:
         return self.v.new_empty(shape, dtype=wide_dtype(self.v))
 
     def constants(self, tiles: Tiles, **more: Any) -> dict[str, Any]:
-        return _constants(self.shape, self.config, tiles, precision(self.v.dtype), self.cu is not None) | more
+        dtype, varlen = self.v.dtype, self.cu is not None
+        return _constants(self.shape, self.config, tiles, dtype, precision(dtype), varlen) | more
 
     def chunkwise(self) -> dict[str, Any]:
-        """Constants of kernels that find their segment by themselves, and work on q, k and g."""
+        """Constants of kernels that find their segment by themselves."""
         return _chunkwise(self.config, self.segments) | self.strides
 
     def scan(
@@ -135,7 +137,7 @@ class _Call:
         y: Tensor,
         v: Tensor,
         pairs: Tensor,
-        decays: Tensor,
+        gamma: Tensor,
         initial: Tensor | None,
         out: Tensor,
         states: Tensor | None,
@@ -145,7 +147,7 @@ class _Call:
         tiles = self.config.scan
         grid = (-(-self.value // tiles.value) * self.value_heads * self.segments,)
         initial = None if initial is None else initial.contiguous()
-        args: tuple[Any, ...] = (x, y, v, self.cu, pairs, decays, initial, out, states, final, *self.sizes)
+        args: tuple[Any, ...] = (x, y, v, self.cu, pairs, gamma, initial, out, states, final, *self.sizes)
         scan[grid](*args, **self.constants(tiles, BV=tiles.value, REVERSE=reverse, v_stride=v.stride(1)))
 
 
@@ -158,12 +160,13 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     """As ``reference.forward``; the third option: whether a backward follows, for which more results are kept."""
     call = _Call(tensors, options)
     o, final, *kept = call.results()
-    pairs, reads, writes, decays = kept[:4] if call.keep else call.prepared()
+    pairs, reads, writes, gamma = kept[:4] if call.keep else call.prepared()
     tiles = call.config.prepare
-    args: tuple[Any, ...] = (call.q, call.k, call.g, call.cu, o, pairs, reads, writes, decays, call.scale)
-    prepare[(call.slots, call.heads)](*args, *call.sizes, **call.constants(tiles, **call.chunkwise()))
+    args: tuple[Any, ...] = (call.q, call.k, call.g, call.cu, o, pairs, reads, writes, gamma, call.scale)
+    constants = call.constants(tiles, **call.chunkwise(), g_stride=call.g.stride(1))
+    prepare[(call.slots, call.heads)](*args, *call.sizes, **constants)
     states = kept[4] if call.keep else None
-    call.scan(reads, writes, call.v, pairs, decays, tensors[4], o, states, final if call.final else None)
+    call.scan(reads, writes, call.v, pairs, gamma, tensors[4], o, states, final if call.final else None)
     return [o, final, *kept]
 
 
@@ -181,15 +184,15 @@ def backward(
     assert k is not None
     assert g is not None
     call = _Call(tensors, options)
-    pairs, reads, writes, decays, states = saved
+    pairs, reads, writes, gamma, states = saved
     do = by_rows(torch.zeros_like(call.v) if grads[0] is None else grads[0])
     dv, dstates = torch.empty_like(call.v, memory_format=torch.contiguous_format), torch.empty_like(states)
     dh0 = call.state() if needs[4] else None
-    call.scan(writes, reads, do, pairs, decays, grads[1], dv, dstates, dh0, reverse=True)
+    call.scan(writes, reads, do, pairs, gamma, grads[1], dv, dstates, dh0, reverse=True)
     dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k))
     dg = torch.empty_like(g, memory_format=torch.contiguous_format) if needs[3] else None
     tiles = call.config.gradients
-    args: tuple[Any, ...] = (call.q, call.k, call.g, call.v, do, call.cu, states, dstates)
+    args: tuple[Any, ...] = (call.q, call.k, call.v, do, call.cu, gamma, states, dstates)
     args = (*args, torch.empty_like(pairs), dq, dk, dg, dv, call.scale, *call.sizes)
     more = {"BV": tiles.value, "v_stride": call.v.stride(1), "do_stride": do.stride(1)}
     gradients[(call.slots, call.heads)](*args, **call.constants(tiles, **call.chunkwise(), **more))
@@ -198,12 +201,22 @@ def backward(
 
 
 def _constants(
-    shape: tuple[int, int, int, int], config: Config, tiles: Tiles, precision: str, varlen: bool
+    shape: tuple[int, int, int, int],
+    config: Config,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    precision: str,
+    varlen: bool,
 ) -> dict[str, Any]:
     """Of every kernel; ``shape`` is H, value heads per key head, K, V."""
     sizes = dict(zip(("H", "GROUP", "K", "V"), shape, strict=True))
     launch = {"C": config.chunk, "BK": tiles.key, "num_warps": tiles.warps, "num_stages": tiles.stages}
-    return {**sizes, **launch, "PRECISION": precision, "VARLEN": varlen}
+    return {**sizes, **launch, "TWO": _two(dtype), "PRECISION": precision, "VARLEN": varlen}
+
+
+def _two(dtype: torch.dtype) -> bool:
+    """Whether gamma is two numbers."""
+    return dtype == torch.float32
 
 
 def _chunkwise(config: Config, segments: int) -> dict[str, Any]:
@@ -232,21 +245,22 @@ def _compilations(
     sizes, c = (5, 4096, 4096), config(k, v, dtype, wide)
     name = f"{str(dtype).removeprefix('torch.')}-{k}x{v}" + ("" if group == 1 else f"-group{group}")
     name += ("" if full else "-bare") + ("" if wide else "-small")
-    strides, v_strides = {f"{t}_stride": 4 * k for t in "qkg"}, {"v_stride": 4 * group * v}
-    local, carried = strides | _chunkwise(c, 5), v_strides | {"BV": c.scan.value}
+    v_strides = {"v_stride": 4 * group * v}
+    local = _chunkwise(c, 5) | {"q_stride": 4 * k, "k_stride": 4 * k}
+    carried = v_strides | {"BV": c.scan.value}
     scanned = (x, x, x, some, x, fp32, state, x, x if full else None, state)
     back = local | v_strides | {"do_stride": 4 * group * v, "BV": c.gradients.value}
     launches = (
-        ("prepare", prepare, c.prepare, (x, x, fp32, some, x, x, x, x, fp32, 0.125), local),
+        ("prepare", prepare, c.prepare, (x, x, fp32, some, x, x, x, x, fp32, 0.125), local | {"g_stride": 4 * k}),
         ("scan", scan, c.scan, scanned, carried | {"REVERSE": False}),
         ("scan_back", scan, c.scan, scanned, carried | {"REVERSE": True}),
-        ("gradients", gradients, c.gradients, (x, x, fp32, x, x, some, x, x, x, x, x, dg, x, 0.125), back),
+        ("gradients", gradients, c.gradients, (x, x, x, x, some, fp32, x, x, x, x, x, dg, x, 0.125), back),
     )
     targets = {"": ("sm_90", "sm_100")} if wide else {"": ("sm_80",), "-hip": ("gfx942",)}
     for label, kernel, tiles, args, more in launches:
         for suffix, among in targets.items():
             exact = "tf32x3" if dtype == torch.float32 and not suffix else "ieee"
-            constants = _constants((4, group, k, v), c, tiles, exact, full) | more
+            constants = _constants((4, group, k, v), c, tiles, dtype, exact, full) | more
             large = c.chunk >= 64 and min(tiles.key, tiles.value) >= 64
             yield Compilation(
                 "gla", f"{label}-{name}{suffix}", kernel, (*args, *sizes), constants, wgmma=large, targets=among

@@ -1,10 +1,7 @@
 """The kernels of gated linear attention; see `kernels.gla.triton` for what they hand on and to whom.
 
-Decays inside a chunk are products of exp(g) over rows, never exponentials of differences of sums. In blocks of s rows (s a power of
-two), ``since`` is the product from a block's first row to this one, ``until`` that from the next row to the block's last one; both
-are at most 1, and times each other they are the product of the whole block, in each of its rows. From s rows to 2 s, rows of an
-upper half take the lower half's product into ``since``, rows of a lower half the upper one's into ``until``. So a row takes one
-exponential per channel, and a reset (g = -inf is one) costs the rows after it no digit.
+Rows of one half of a block see those of the other through the row between, whose decay programs read from memory (``gamma``): that
+asks nothing of other threads, and tiles stay in registers as they were loaded.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
@@ -15,31 +12,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gated_delta_rule.triton_tiles import clear_rows, load_tile, square, store_tile
+from kernels.gated_delta_rule.triton_tiles import clear_rows, load_tile, square, store_tile, two_floats
 from kernels.triton import chunk_of_slot, segment_rows
 
-
-@triton.jit
-def _is_upper(level, C: tl.constexpr):
-    """Which rows are in an upper half when blocks of 2^level rows pair up, [C, 1]."""
-    return ((tl.arange(0, C)[:, None] >> level) & 1) == 1
+FORGOTTEN = tl.constexpr(-128.0)  # its exponential is zero in fp32; with a bound sums of g stay small, and finite
 
 
 @triton.jit
-def _joined(since, until, level, C: tl.constexpr, BK: tl.constexpr):
-    """``since`` and ``until`` [C, BK] in blocks of 2^level rows -> in blocks of twice as many."""
-    partner = tl.broadcast_to((tl.arange(0, C) ^ (1 << level))[:, None], (C, BK))
-    other = tl.gather(since * until, partner, 0)
-    upper = _is_upper(level, C)
-    return tl.where(upper, since * other, since), tl.where(upper, until, until * other)
+def _since(high, low, gamma, rows, keys, C: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr):
+    """Decay of each row of [C, BK] = (high, low) since row ``rows`` [C] of its chunk, that row's own not included."""
+    every = rows >= 0
+    since = high - load_tile(gamma, K, rows, every, keys, K, FULL)
+    if TWO:
+        since += low - load_tile(gamma + C * K, K, rows, every, keys, K, FULL)
+    return since
+
+
+@triton.jit
+def _to_middle(high, low, gamma, level, keys, C: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr):
+    """exp of the decay between each row and the last one of the lower half of its block of 2^(level + 1) rows."""
+    c = tl.arange(0, C)
+    middle = (((c >> level) | 1) << level) - 1
+    since = _since(high, low, gamma, middle, keys, C, K, FULL, TWO)
+    return tl.exp(tl.where((c > middle)[:, None], since, -since))
+
+
+@triton.jit
+def _to_end(high, low, gamma, keys, C: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr):
+    """exp of the decay after each row."""
+    last = tl.full((C,), C - 1, tl.int32)
+    return tl.exp(-_since(high, low, gamma, last, keys, C, K, FULL, TWO))
 
 
 @triton.jit(do_not_specialize=["segments", "rows", "time"])
 def prepare(
-    q, k, g, cu, o, pairs, reads, writes, decays,
+    q, k, g, cu, o, pairs, reads, writes, gamma,
     scale, segments, rows, time, q_stride: tl.constexpr, k_stride: tl.constexpr, g_stride: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, TWO: tl.constexpr,
     PRECISION: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one key head: what does not depend on the state. Clears o in rows of no segment."""
@@ -58,36 +68,42 @@ def prepare(
     reads += (start * H + head) * K
     writes += (start * H + head) * K
     place = slot * H + head
-    decays += place * K
+    gamma += place * ((2 if TWO else 1) * C * K)
     narrow: tl.constexpr = pairs.dtype.element_ty
     i, j = c[:, None], c[None, :]
     weights, same = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
     for at in tl.range(0, K, BK, disable_licm=True):
         keys = at + tl.arange(0, BK)
+        g_tile = load_tile(g, g_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
+        g_tile = tl.maximum(g_tile, FORGOTTEN)
+        if TWO:
+            high, low = two_floats(tl.cumsum(g_tile.to(tl.float64), 0))
+            store_tile(gamma + C * K, K, c, c >= 0, keys, low, K, K % BK == 0)
+        else:
+            high, low = tl.cumsum(g_tile, 0), g_tile
+        store_tile(gamma, K, c, c >= 0, keys, high, K, K % BK == 0)
+        tl.debug_barrier()  # what follows reads what was just written
         q_wide = load_tile(q, q_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
         k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
-        since = tl.exp(load_tile(g, g_stride, c, here, keys, K, K % BK == 0).to(tl.float32))
-        until = tl.full((C, BK), 1.0, tl.float32)
         same += tl.sum(q_wide * k_wide, 1)
         for level in tl.range(0, LEVELS, disable_licm=True):
-            decay = tl.where(_is_upper(level, C), since, until)
+            decay = _to_middle(high, low, gamma, level, keys, C, K, K % BK == 0, TWO)
             reader, writer = (q_wide * decay).to(narrow), (k_wide * decay).to(narrow)
             seen = tl.dot(reader, tl.trans(writer), input_precision=PRECISION)
             weights += tl.where((i > j) & ((i ^ j) >> level == 1), seen, 0.0)
-            since, until = _joined(since, until, level, C, BK)
-        store_tile(reads, H * K, c, here, keys, q_wide * since * scale, K, K % BK == 0)
-        store_tile(writes, H * K, c, here, keys, k_wide * until, K, K % BK == 0)
-        store_tile(decays, 0, c, c == 0, keys, since * until, K, K % BK == 0)
+        store_tile(reads, H * K, c, here, keys, q_wide * tl.exp(high) * scale, K, K % BK == 0)
+        to_end = _to_end(high, low, gamma, keys, C, K, K % BK == 0, TWO)
+        store_tile(writes, H * K, c, here, keys, k_wide * to_end, K, K % BK == 0)
     weights += tl.where(i == j, same[:, None], 0.0)
     tl.store(square(pairs + place * (C * C), C), (weights * scale).to(narrow))
 
 
 @triton.jit(do_not_specialize=["segments", "rows", "time"])
 def scan(
-    x, y, v, cu, pairs, decays, initial, out, states, final,
+    x, y, v, cu, pairs, gamma, initial, out, states, final,
     segments, rows, time, v_stride: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """One segment, one value head, BV columns of v, the state in registers. Forward x = reads, y = writes, v = v, out = o; in
@@ -121,7 +137,8 @@ def scan(
         pairs_tile = tl.load(square(pairs + place * (C * C), C))
         if REVERSE:
             pairs_tile = tl.trans(pairs_tile)
-        decay = tl.load(decays + place * K + keys, mask=inside, other=1.0)
+        last = gamma + place * ((2 if TWO else 1) * C * K) + (C - 1) * K
+        decay = tl.exp(tl.load(last + keys, mask=inside, other=0.0))
         entering = state.to(narrow)
         if states is not None:
             kept = states + ((slot + chunk) * HV + head) * (K * V)
@@ -136,11 +153,11 @@ def scan(
 
 @triton.jit(do_not_specialize=["segments", "rows", "time"])
 def gradients(
-    q, k, g, v, do, cu, states, dstates, dpairs, dq, dk, dg, dv,
-    scale, segments, rows, time, q_stride: tl.constexpr, k_stride: tl.constexpr, g_stride: tl.constexpr,
+    q, k, v, do, cu, gamma, states, dstates, dpairs, dq, dk, dg, dv,
+    scale, segments, rows, time, q_stride: tl.constexpr, k_stride: tl.constexpr,
     v_stride: tl.constexpr, do_stride: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr,
     PRECISION: tl.constexpr, VARLEN: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one key head: dq, dk and dg. Clears all four gradients in rows of no segment.
@@ -168,12 +185,12 @@ def gradients(
         return
     q += start * q_stride + head * K
     k += start * k_stride + head * K
-    g += start * g_stride + head * K
     v += start * v_stride + head * GROUP * V
     do += start * do_stride + head * GROUP * V
     states += (slot * HV + head * GROUP) * (K * V)
     dstates += (slot * HV + head * GROUP) * (K * V)
     dpairs += (slot * H + head) * (C * C)
+    gamma += (slot * H + head) * ((2 if TWO else 1) * C * K)
     narrow: tl.constexpr = v.dtype.element_ty
     i, j = c[:, None], c[None, :]
 
@@ -191,18 +208,17 @@ def gradients(
 
     for first in tl.range(0, K, BK, disable_licm=True):
         keys = first + tl.arange(0, BK)
-        since = tl.exp(load_tile(g, g_stride, c, here, keys, K, K % BK == 0).to(tl.float32))
-        until = tl.full((C, BK), 1.0, tl.float32)
+        high = load_tile(gamma, K, c, c >= 0, keys, K, K % BK == 0)
+        low = load_tile(gamma + C * K, K, c, c >= 0, keys, K, K % BK == 0) if TWO else high
         dq_tile, dk_tile = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
         for level in tl.range(0, LEVELS, disable_licm=True):
             q_wide = load_tile(q, q_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
             k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
-            decay = tl.where(_is_upper(level, C), since, until)
+            decay = _to_middle(high, low, gamma, level, keys, C, K, K % BK == 0, TWO)
             reader, writer = (q_wide * decay).to(narrow), (k_wide * decay).to(narrow)
             seen = tl.where((i > j) & ((i ^ j) >> level == 1), tl.load(square(dpairs, C)), 0.0)
             dq_tile += decay * tl.dot(seen, writer, input_precision=PRECISION)
             dk_tile += decay * tl.dot(tl.trans(seen), reader, input_precision=PRECISION)
-            since, until = _joined(since, until, level, C, BK)
 
         from_state, to_state = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
         carried = tl.zeros((BK,), tl.float32)
@@ -217,16 +233,16 @@ def gradients(
                 to_state = tl.dot(v_tile, tl.trans(dstate), to_state, input_precision=PRECISION)
                 if dg is not None:
                     carried += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-        dq_tile += from_state * since * scale
-        to_state *= until
+        dq_tile += from_state * tl.exp(high) * scale
+        to_state *= _to_end(high, low, gamma, keys, C, K, K % BK == 0, TWO)
         q_wide = load_tile(q, q_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
         k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
         if dg is not None:
             # What is written into the leaving state passes the decays after its row, what is carried through passes all.
             written = k_wide * to_state
             dg_tile = tl.cumsum(q_wide * dq_tile - k_wide * dk_tile, 0, reverse=True) + tl.cumsum(written, 0) - written
-            dg_tile += since * until * carried[None, :]
-            store_tile(dg, H * K, c, here, keys, dg_tile, K, K % BK == 0)
+            carried *= tl.exp(tl.load(gamma + (C - 1) * K + keys, mask=keys < K, other=0.0))
+            store_tile(dg, H * K, c, here, keys, dg_tile + carried[None, :], K, K % BK == 0)
         # Products of a row with itself do not depend on g: with them q dq - k dk were a small difference of large numbers.
         dq_tile += same[:, None] * k_wide
         dk_tile += to_state + same[:, None] * q_wide
