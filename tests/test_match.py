@@ -236,9 +236,13 @@ def test_a_bounded_field_is_searched_to_its_bound(on: str):
 @pytest.mark.parametrize(
     ("form", "changes", "said"),
     [
-        ("block_shuffle", {}, "channel.hidden=1: .*blocks=4 does not divide .* of 1; nearest: 1"),
+        ("block_shuffle", {}, "channel.hidden=1: .*blocks=4 does not divide .* of 1; nearest: blocks=1"),
         ("block_shuffle", {"vary": "channel.blocks"}, "params falls as channel.blocks grows: vary another field"),
-        ("block_dense", {"vary": "channel.rank"}, "channel.rank=1: .*blocks=4 does not divide rank=1; nearest: 1"),
+        (
+            "block_dense",
+            {"vary": "channel.rank"},
+            "channel.rank=1: .*blocks=4 does not divide rank=1; nearest: blocks=1",
+        ),
     ],
 )
 def test_blocks_must_divide(form: str, changes: dict[str, Any], said: str):

@@ -179,15 +179,24 @@ def test_a_butterfly_is_small():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"form": "low_rank", "rank": 13}, r"layer 2, channel: rank=13 is above that of a 24 x 12 matrix; nearest: 12"),
-        ({"form": "low_rank", "hidden": 5}, r"rank=6 is above that of a 5 x 12 matrix; nearest: 5"),
+        (
+            {"form": "low_rank", "rank": 13},
+            r"layer 2, channel: rank=13 is above that of a 24 x 12 matrix; nearest: rank=12",
+        ),
+        ({"form": "low_rank", "hidden": 5}, r"rank=6 is above that of a 5 x 12 matrix; nearest: rank=5"),
         (
             {"form": "block_shuffle", "blocks": 5},
-            "blocks=5 does not divide the input of 12 and the output of 24; nearest: 4",
+            "blocks=5 does not divide the input of 12 and the output of 24; nearest: blocks=4",
         ),
-        ({"form": "block_shuffle", "blocks": 3, "hidden": 25}, "blocks=3 does not divide the output of 25; nearest: 1"),
-        ({"form": "block_dense", "rank": 9, "blocks": 4}, "blocks=4 does not divide rank=9; nearest: 3"),
-        ({"form": "block_dense", "rank": 8, "blocks": 8}, "blocks=8 does not divide the input of 12; nearest: 4"),
+        (
+            {"form": "block_shuffle", "blocks": 3, "hidden": 25},
+            "blocks=3 does not divide the output of 25; nearest: blocks=1",
+        ),
+        ({"form": "block_dense", "rank": 9, "blocks": 4}, "blocks=4 does not divide rank=9; nearest: blocks=3"),
+        (
+            {"form": "block_dense", "rank": 8, "blocks": 8},
+            "blocks=8 does not divide the input of 12; nearest: blocks=4",
+        ),
         ({"form": "low-rank"}, "unknown form 'low-rank'; did you mean 'low_rank'?"),
         ({"activation": "gleu"}, "unknown activation 'gleu'; did you mean 'gelu'?"),
         ({"rank": 0}, "rank must be at least 1, got 0"),

@@ -113,7 +113,9 @@ class LowRank(Structured):
         super().__init__(d_in, d_out, cfg, site)
         rank = rank_of(cfg, site)
         if rank > min(d_in, d_out):
-            raise site.refuse(f"rank={rank} is above that of a {d_out} x {d_in} matrix; nearest: {min(d_in, d_out)}")
+            raise site.refuse(
+                f"rank={rank} is above that of a {d_out} x {d_in} matrix; nearest: rank={min(d_in, d_out)}"
+            )
         self.v = nn.Parameter(torch.empty(rank, d_in))
         self.u = nn.Parameter(torch.empty(d_out, rank))
         self.weights = rank * (d_in + d_out)
@@ -279,7 +281,7 @@ def must_divide(site: Site, blocks: int, sizes: dict[str, int]) -> None:
     if bad:
         common = math.gcd(*sizes.values())
         good = min((b for b in range(1, common + 1) if common % b == 0), key=lambda b: (abs(b - blocks), b))
-        raise site.refuse(f"blocks={blocks} does not divide {' and '.join(bad)}; nearest: {good}")
+        raise site.refuse(f"blocks={blocks} does not divide {' and '.join(bad)}; nearest: blocks={good}")
 
 
 # -- products and initial values
