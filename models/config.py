@@ -34,6 +34,7 @@ class ModelConfig:
     learned_positions: bool = False
     tied: bool = True  # the head is the embedding
     dropout: float = 0.0  # on embeddings and on what each part adds
+    embedding_dropout: float | None = None  # on embeddings; default: as dropout
     branches: int = 1  # residual branches M (manifold-constrained hyper-connections when > 1)
     init_std: float = 0.02
 
@@ -42,8 +43,9 @@ class ModelConfig:
         for name in ("d_model", "n_layers", "branches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
+        for name in ("dropout", "embedding_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.norm_bias and self.norm == "rmsnorm":
             raise UserError("norm_bias: an rmsnorm has no bias; norm=layernorm does")
         if not self.blocks:

@@ -148,8 +148,9 @@ class LM(nn.Module):
         x = self.embed(batch.tokens)
         if self.position is not None:
             x = x + self.position(ctx.positions.clamp(min=0))
-        if self.training and self.cfg.dropout:
-            x = F.dropout(x, self.cfg.dropout)
+        drop = self.cfg.dropout if self.cfg.embedding_dropout is None else self.cfg.embedding_dropout
+        if self.training and drop:
+            x = F.dropout(x, drop)
         if self.cfg.branches > 1:
             x = x.unsqueeze(-2).expand(*x.shape[:-1], self.cfg.branches, x.shape[-1])
         said, states = Aux({}, {}, {}), []

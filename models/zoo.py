@@ -24,6 +24,7 @@ CHANNELS = {
     "swiglu": "models.channels.mlp:SwiGLU",
     "gelu": "models.channels.mlp:Gelu",
     "relu2": "models.channels.mlp:Relu2",
+    "gmt": "models.channels.gmt:GMT",
     "structured_ffn": "models.channels.structured:StructuredFFN",
 }
 MEMORIES: dict[str, str] = {}

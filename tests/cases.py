@@ -25,6 +25,11 @@ def _structured(form: str, other_flops: float = 0.0, **options: Any) -> Case:
     return _part("channel", name, {"kind": "structured_ffn", "form": form, **options}, other_flops=other_flops)
 
 
+def _gmt(name: str, **options: Any) -> Case:
+    part = {"kind": "gmt", "slots": 7, "width": 5, **options}
+    return _part("channel", name, part, nonlinear=("usage", "target_usage"), held=("tracking",), dropout=0.0)
+
+
 EMA = {"kind": "tests.toys:ToyEMA"}
 SLOTS_TOY = {"kind": "tests.toys:ToySlots"}
 BRANCHES_HASH = {"kind": "tests.toy_memory:ToyHashBranches"}
@@ -107,6 +112,11 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _part("channel", "gelu-tanh", {"kind": "gelu", "hidden": 9, "approximate": "tanh"}),
     ],
     ("channel", "relu2"): [_part("channel", "relu2", {"kind": "relu2", "ratio": 2})],
+    ("channel", "gmt"): [
+        _gmt("gmt", fidelity="paper"),
+        _gmt("gmt-corrected", fidelity="corrected"),
+        _gmt("gmt-free", displacement="none", write_source="cell_input", momentum_learned=False, temperature=0.5),
+    ],
     ("channel", "structured_ffn"): [
         _structured("low_rank", rank=5),
         _structured("block_dense", rank=6, blocks=2, bias=True),

@@ -64,6 +64,13 @@ def define(args: Cell) -> tuple[Tensor, Tensor, Tensor]:
     return reference.recurrent(**tensors, floor=FLOOR, eps=EPS)
 
 
+def nearest_distance(args: Cell) -> Tensor:
+    x, directions = args["x"], args["directions"]
+    assert x is not None
+    assert directions is not None
+    return (1 - F.normalize(x, dim=1) @ directions.T).amin(1).clamp(min=FLOOR).detach()
+
+
 def cancelling(dy: list[Tensor], args: Cell) -> Tensor:
     """The norm of what single tokens add to the gradient of ``edge_scale``: these are of both signs, so errors of their sum are
     measured by it."""

@@ -144,7 +144,9 @@ class Case:
 
     ``part`` stands alone in both layers of a model (``slot`` set), or ``model`` is the whole config. ``nonlinear``: the
     ends of the names of losses that are not linear in the batch. ``other_flops`` are those per token, over all layers,
-    that the cost counts beside matrix products; ``flops_rtol`` is for parts whose products depend on a chunk's length.
+    that the cost counts beside matrix products; ``held`` ends the names of losses that hold what they pull at fixed, so that their
+    gradient is not that of the function; ``flops_rtol`` is for parts whose products depend on a chunk's length;
+    ``dropout`` is 0 for parts that refuse it.
     """
 
     name: str
@@ -152,8 +154,10 @@ class Case:
     part: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     nonlinear: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
     other_flops: float = 0.0
     flops_rtol: float = 1e-6
+    dropout: float = 0.2
     bf16: float = TOLERANCE["fp32", torch.bfloat16]
 
     def config(self, **changes: Any) -> ModelConfig:

@@ -33,6 +33,7 @@ class Hop(NamedTuple):
     target: Tensor  # w_tgt [N, F]
     scale: Tensor  # r [N], without gradient
     nearest: Tensor  # int32 [N], the slot with the largest w_src
+    distance: Tensor  # [N], max(1 - cos, floor) to that slot, without gradient
 
 
 def gmt_cell(
@@ -64,8 +65,8 @@ def gmt_cell(
     dtype = x.dtype
     backend = dispatch.choose("gmt_cell", x.device, lambda: _why_not(dtype, f))
     tables = (directions, scores, edges, values, gram, bias, temperature, edge_scale)
-    y, source, target, scale, nearest = _op(x, *tables, options=(floor, eps), backend=backend)
-    return Hop(y, source, target, scale.detach(), nearest)
+    y, source, target, scale, nearest, distance = _op(x, *tables, options=(floor, eps), backend=backend)
+    return Hop(y, source, target, scale.detach(), nearest, distance.detach())
 
 
 def _why_not(dtype: torch.dtype, slots: int) -> str | None:
@@ -89,7 +90,7 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     assert directions is not None
     n, f = len(x), len(directions)
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = [x.new_empty(n, dtype=wide) for _ in range(3)]
+    rows = [x.new_empty(n, dtype=wide) for _ in range(4)]
     weights = [x.new_empty(n, f, dtype=wide) for _ in range(2)]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return [y, *weights, rows[0], x.new_empty(n, dtype=torch.int32), *rows[1:]]
@@ -100,6 +101,6 @@ _op = Op(
     lambda *args: _form(args[-1]).forward(*args),
     lambda *args: _form(args[-1]).backward(*args),
     _fake,
-    outputs=5,
+    outputs=6,
     also=(1, 2, 3),
 )

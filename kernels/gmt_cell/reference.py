@@ -56,7 +56,7 @@ def recurrent(
 
 def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
     """(x, directions, scores, edges, values, gram, bias, temperature, edge scale), (floor, eps) ->
-    [y, w_src, w_tgt, scale, nearest; 1 / |x|, the log of the sum of exp(z_src)]."""
+    [y, w_src, w_tgt, scale, nearest, distance; 1 / |x|, the log of the sum of exp(z_src)]."""
     x, directions, scores, edges, values, gram, bias, temperature, edge_scale = _wide(tensors)
     assert x is not None
     assert directions is not None
@@ -68,6 +68,7 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     inverse = torch.linalg.vector_norm(x, dim=1).clamp_(min=NORM_EPS).reciprocal_()
     logits = x @ torch.cat([directions, scores]).T
     z = logits[:, :f].mul(inverse[:, None]).neg_().add_(1).clamp_(min=options[0]).mul_(temperature).reciprocal_()
+    top, nearest = z.max(1)
     total = z.logsumexp(1)
     source = z.sub_(total[:, None]).exp_()
     if edge_scale is None:
@@ -83,7 +84,8 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     y = moved @ values if bias is None else torch.addmm(bias, moved, values)
     given = tensors[0]
     assert given is not None
-    return [y.to(given.dtype), source, target, scale, source.argmax(1).int(), inverse, total]
+    distance = (top * temperature).reciprocal_()
+    return [y.to(given.dtype), source, target, scale, nearest.int(), distance, inverse, total]
 
 
 def backward(

@@ -37,13 +37,13 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     n, f = len(x), len(directions)
     y = torch.empty_like(x)
     source, target = (x.new_empty(n, f, dtype=torch.float32) for _ in range(2))
-    scale, inverse, total = (x.new_empty(n, dtype=torch.float32) for _ in range(3))
+    scale, distance, inverse, total = (x.new_empty(n, dtype=torch.float32) for _ in range(4))
     nearest = x.new_empty(n, dtype=torch.int32)
     modes = (edge_scale is not None, gram is not None)
     constants = _forward_constants(x.shape[1], f, x.dtype, *modes, bias is not None)
     # An argument that the kernel does not use is still an argument: x stands for all of them.
     tables = (x if t is None else t for t in (near, rest, scores, edges, values, gram, bias, temperature, edge_scale))
-    results = (y, source, target, scale, nearest, inverse, total)
+    results = (y, source, target, scale, nearest, distance, inverse, total)
     if n:
         grid = (triton.cdiv(n, constants["BT"]),)
         launch: Any = cell[grid]
@@ -180,7 +180,7 @@ def _compilations(dtype: torch.dtype, slots: int, targets: tuple[str, ...]) -> I
 
     for log, norm in itertools.product((False, True), (False, True)) if slots == MAX_SLOTS else [(True, True)]:
         label = f"{'log' if log else 'plain'}-{'norm' if norm else 'free'}"
-        args = (x, x, x, x, x, x, x, wide, wide, wide, x, wide, wide, wide, whole, wide, wide, rows, 0.01, 1e-5)
+        args = (x, x, x, x, x, x, x, wide, wide, wide, x, wide, wide, wide, whole, wide, wide, wide, rows, 0.01, 1e-5)
         yield one(f"forward-{label}", cell, args, _forward_constants(768, slots, dtype, log, norm, norm))
         args = (x, wide, x, x, wide, wide, wide, wide, x, x, x, wide, wide, rows)
         constants = _target_constants(768, slots, dtype, large, log, norm, True)

@@ -50,7 +50,7 @@ def _logits(
 @triton.jit(do_not_specialize=["rows"])
 def forward(
     x, directions, rest, scores, edges, values, gram, bias, temperature, edge_scale,
-    y, w_source, w_target, scales, nearest, inverses, totals,
+    y, w_source, w_target, scales, nearest, distances, inverses, totals,
     rows, floor, eps,
     D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     REST: tl.constexpr, LOG: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -67,6 +67,7 @@ def forward(
     z = tl.where(real, z, float("-inf"))
     top = tl.max(z, 1)
     tl.store(nearest + first + r, tl.min(tl.where(z == top[:, None], f[None, :], BF), 1), mask=live)
+    tl.store(distances + first + r, 1.0 / (top * tl.load(temperature)), mask=live)
     source = tl.exp(z - top[:, None])
     total = tl.sum(source, 1)
     tl.store(totals + first + r, top + tl.log(total), mask=live)

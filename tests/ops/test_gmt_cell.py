@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.gmt_cell import gmt_cell
-from tests.gmt_tools import Cell, cast, cell, define, gradients, leaves, run
+from tests.gmt_tools import Cell, cast, cell, define, gradients, leaves, nearest_distance, run
 from tests.tools import assert_close, rel_err
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -40,6 +40,7 @@ def test_equals_the_definition(size: tuple[int, int, int], dtype: torch.dtype, l
         dtype,
     )
     assert torch.equal(got.nearest, got.source.argmax(1).int())
+    assert_close(got.distance, nearest_distance(exact), "forms", dtype)
     if norm:
         values, bias = args["values"], args["bias"]
         assert values is not None

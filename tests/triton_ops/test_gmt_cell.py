@@ -7,7 +7,7 @@ import torch
 
 from kernels import dispatch
 from kernels.gmt_cell import MAX_SLOTS, gmt_cell
-from tests.gmt_tools import cancelling, cast, cell, define, gradients, run
+from tests.gmt_tools import cancelling, cast, cell, define, gradients, nearest_distance, run
 from tests.tools import TOLERANCE, assert_close
 
 MODES = pytest.mark.parametrize(("log", "norm"), [(False, False), (False, True), (True, False), (True, True)])
@@ -29,6 +29,7 @@ def _check(size: tuple[int, int, int], dtype: torch.dtype, log: bool, norm: bool
         assert abs(mine.double() - theirs) <= TOLERANCE["op gradient", dtype] * terms
     assert_close(*grads, "op gradient", dtype)
     assert torch.equal(got.nearest, got.source.argmax(1).int())
+    assert_close(got.distance, nearest_distance(exact), "op", torch.float32)
 
 
 @MODES
