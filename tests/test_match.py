@@ -208,6 +208,33 @@ def test_equal_flops_with_a_graph_memory(flops: int, mega: float, width: int):
         assert meta_model(found.config).cost(1024).params == 83_990_784
 
 
+RIVALS = {  # of the graph memory: the value found, and the residual as a share of the whole model
+    ("dense", "params"): (205, 1e-4),
+    ("low_rank", "params"): (41, 1e-4),
+    ("block_dense", "params"): (64, 2e-3),
+    ("block_shuffle", "params"): (496, 1e-3),
+    ("dense", "flops"): (213, 1e-3),
+    ("low_rank", "flops"): (43, 1e-3),
+    ("block_dense", "flops"): (68, 1e-3),
+    ("block_shuffle", "flops"): (512, 1e-3),
+}
+
+
+@pytest.mark.parametrize(("name", "on"), RIVALS)
+def test_controls_of_a_graph_memory(name: str, on: str):
+    """Of the channel itself, which takes the difference of two distributions before its last product."""
+    raw = to_dict(dense(4))
+    raw["blocks"]["block"]["channel"] = {"kind": "gmt", "slots": F, "width": V_NAV}
+    config = model_config(raw)
+    cost = meta_model(config).cost(1024)
+    around = meta_model(dense(4)).cost(1024).flops_per_token - LAYERS * 2 * 2 * d * 4
+    assert (cost.params, cost.flops_per_token) == (GMT_PARAMS, around + LAYERS * DIFFERENCE)
+    found = control(config, name, on)
+    value, share = RIVALS[name, on]
+    assert found.value == value
+    assert abs(found.relative) < share
+
+
 # -- fields that are bounded
 
 
