@@ -53,7 +53,8 @@ def by_rows(x: Tensor) -> Tensor:
     b, t, h, k = x.shape
     heads_adjoin = x.stride(3) == 1 and (h == 1 or x.stride(2) == k)
     rows_adjoin = b == 1 or x.stride(0) == t * x.stride(1)
-    return x if heads_adjoin and rows_adjoin else x.contiguous()
+    # No .contiguous(): for T = 1 it may return x with a stride(1) that says nothing.
+    return x if heads_adjoin and rows_adjoin else x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit

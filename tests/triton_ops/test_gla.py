@@ -97,6 +97,19 @@ def test_inputs_of_any_layout(device: torch.device):
     assert all(rel_err(grads[n], ref) <= TOLERANCE["op gradient", torch.float32] for n, ref in want_grads.items())
 
 
+def test_rows_of_one_token_that_were_transposed(device: torch.device):
+    """[1, B] turned into [B, 1]: PyTorch calls it contiguous, though the stride of its tokens is that of the whole."""
+    q, k, v, g, seed = (torch.randn(1, 3, 2, 16, device=device).transpose(0, 1) for _ in range(5))
+    inputs, seeds = (
+        [q, k, v, -g.abs(), torch.randn(3, 2, 16, 16, device=device)],
+        [seed, torch.randn(3, 2, 16, 16, device=device)],
+    )
+    outs, grads = run(torch.float32, "triton", inputs, seeds, None)
+    want, want_grads = run(torch.float64, "reference", [x.double() for x in inputs], [s.double() for s in seeds], None)
+    assert all(rel_err(a, b) <= TOLERANCE["op", torch.float32] for a, b in zip(outs, want, strict=True))
+    assert all(rel_err(grads[n], ref) <= TOLERANCE["op gradient", torch.float32] for n, ref in want_grads.items())
+
+
 def test_infinite_decays(device: torch.device):
     """g = -inf forgets all, and leaves the rows after it as exact as if they came first."""
     T, cut = 75, 37

@@ -110,6 +110,14 @@ def test_slices_of_a_projection_and_a_state_in_another_layout(device: torch.devi
     _check("gated delta", {**token, **sliced}, state, None, True)
 
 
+def test_rows_of_one_token_that_were_transposed(device: torch.device):
+    """[1, B] turned into [B, 1]: PyTorch calls it contiguous, though the stride of its tokens is that of the whole."""
+    token = {n: x.flatten(0, 1)[None].transpose(0, 1) for n, x in _token("gated delta", device).items()}
+    assert token["q"].is_contiguous()
+    assert token["q"].stride(1) != token["q"].stride(0)
+    _check("gated delta", token, _state(token, S).flatten(0, 1)[:, None], None, True)
+
+
 @pytest.mark.parametrize("g", [0.0, -50.0, -1e4])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_extremes(g: float, beta: float, device: torch.device):
