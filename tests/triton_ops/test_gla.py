@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.gla import gla, reference
-from tests.tools import TOLERANCE, rel_err
+from tests.tools import TOLERANCE, assert_close, rel_err
 
 # B, T, H, HV, K, V, lengths of segments (None: whole rows)
 Shape = tuple[int, int, int, int, int, int, list[int] | None]
@@ -167,3 +167,19 @@ def test_what_it_refuses(device: torch.device):
         gla(wide, wide, wide, wide)
     with pytest.raises(dispatch.KernelUnavailable, match="float64"):
         gla(exact, exact, exact, exact)
+
+
+def test_a_compiled_graph_is_whole_and_equal(device: torch.device):
+    inputs = [torch.randn(2, 40, 1, 16, device=device, requires_grad=True) for _ in range(4)]
+    cu = torch.tensor([0, 5, 5, 70], device=device)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        o, state = gla(q, k, v, -g.abs(), output_final_state=True, cu_seqlens=cu)
+        assert state is not None
+        return o.square().sum() + state.square().sum()
+
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*inputs), inputs)
+        assert_close(got, want, "same", torch.float32)
