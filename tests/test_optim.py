@@ -262,6 +262,17 @@ def test_zero_rows():
 
 
 @pytest.mark.parametrize("with_muon", [False, True])
+def test_a_step_shows_in_the_version_of_what_it_changed(with_muon: bool):
+    """Caches of what follows from parameters alone are keyed on it; torch's fused AdamW leaves it as it was."""
+    model, optim = build(muon=with_muon)
+    before = {n: (p._version, p.detach().clone()) for n, p in optim.params.items()}
+    advance(model, optim, range(1))
+    changed = {n for n, p in optim.params.items() if not torch.equal(p, before[n][1])}
+    assert changed
+    assert all(optim.params[n]._version > before[n][0] for n in changed)
+
+
+@pytest.mark.parametrize("with_muon", [False, True])
 def test_state_goes_round_to_the_bit(with_muon: bool):
     model, optim = build(muon=with_muon)
     advance(model, optim, range(3))

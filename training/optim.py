@@ -151,6 +151,8 @@ class Optimizer:
 
     def step(self) -> None:
         self.adamw.step()
+        # Fused kernels do not count what they write, and what is cached by a tensor's version (inference tables) would not notice.
+        torch.autograd.graph.increment_version([p for p in self.params.values() if p.grad is not None])
         if self.muon_names:
             names = self.muon_names
             self.muon.step(
