@@ -100,8 +100,7 @@ def written_back(cell: GMT, sums: Tensor, counts: Tensor, times: int = 1) -> Ten
 
 def _maintain(cell: GMT, lots: Write, info: CommitInfo) -> Tensor:
     """Give dead slots, then doubles, a new start. -> int64 [R], which."""
-    assert lots.key is not None
-    fresh = _Fresh(lots.value[lots.key >= 0], cell, info)
+    fresh = _Fresh(distinct(lots), cell, info)
     dead = (cell.usage < cell.cfg.dead_below).nonzero().flatten()
     if 2 * len(dead) > len(cell.usage):  # tokens would not tell so many apart
         starts = fresh.directions(len(dead))
@@ -118,6 +117,15 @@ def _maintain(cell: GMT, lots: Write, info: CommitInfo) -> Tensor:
         _start_again(cell, row, fresh.tokens(1))
         merged.append(row)
     return torch.cat([dead, *merged]).unique()
+
+
+def distinct(lots: Write) -> Tensor:
+    """The candidates [R, D], of equal keys the first: rows that begin alike, as after one start token, bring the same states, and
+    slots that start at one point are doubles from the start."""
+    assert lots.key is not None
+    new = lots.key >= 0
+    new[1:] &= lots.key[1:] != lots.key[:-1]
+    return lots.value[new]
 
 
 def _doubles(cell: GMT) -> list[tuple[int, int]]:
