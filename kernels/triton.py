@@ -1,4 +1,4 @@
-"""Pieces that the kernels of several ops share: where the chunks of ragged rows are, and how products are rounded.
+"""Pieces that the kernels of several ops share: where the chunks of ragged rows are, tiles in memory, and how products are rounded.
 
 Rows of S segments (``cu_seqlens``) are cut into chunks of C rows, none across two segments. Chunk c of segment s has the slot
 cu[s] // C + s + c: a closed form, so that the kernels of one op agree about slots without a table of them. A few slots stay
@@ -62,6 +62,52 @@ def offsets(rows, columns, stride: tl.constexpr):
     """Of a tile. A constant stride and wide integers let the compiler see that those of one thread differ by constants: it then
     keeps one pointer in place of many."""
     return rows.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :]
+
+
+@triton.jit
+def load_tile(base, stride, rows, here, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """Rows of a matrix at base, zeros where ``here`` is false; FULL: every column lies inside WIDTH.
+
+    Strides are constants and offsets 64 bits wide: so the compiler sees that those of one thread differ by constants, and keeps
+    one pointer instead of many.
+    """
+    mask = here[:, None] if FULL else here[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(
+        base + (rows[:, None].to(tl.int64) * stride + columns[None, :].to(tl.int64)),
+        mask=mask,
+        other=0.0,
+    )
+
+
+@triton.jit
+def store_tile(base, stride, rows, here, columns, x, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    mask = here[:, None] if FULL else here[:, None] & (columns < WIDTH)[None, :]
+    tl.store(
+        base + (rows[:, None].to(tl.int64) * stride + columns[None, :].to(tl.int64)),
+        x.to(base.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def clear_rows(base, stride, here, C: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr):
+    """Zeros in all columns."""
+    for at in range(0, WIDTH, B):
+        columns = at + tl.arange(0, B)
+        store_tile(base, stride, tl.arange(0, C), here, columns, tl.zeros((C, B), tl.float32), WIDTH, WIDTH % B == 0)
+
+
+@triton.jit
+def square(base, C: tl.constexpr):
+    """Pointers to [C, C]."""
+    return base + (tl.arange(0, C)[:, None].to(tl.int64) * C + tl.arange(0, C)[None, :].to(tl.int64))
+
+
+@triton.jit
+def two_floats(x):
+    """fp64 -> two fp32 that sum to it."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels.gated_delta_rule.triton_forward import BETA, FROM_K, FROM_Q, HIGH, K_NORM, LOW, PLANES, Q_NORM, TO_K
-from kernels.gated_delta_rule.triton_tiles import clear_rows, decay_between, load_tile, square, store_tile
-from kernels.triton import chunk_of_slot, segment_rows
+from kernels.gated_delta_rule.triton_tiles import decay_between
+from kernels.triton import chunk_of_slot, clear_rows, load_tile, segment_rows, square, store_tile
 
 Q_DQ, SAME, QK = (tl.constexpr(i) for i in range(3))
 LEAST_BETA = tl.constexpr(2.0**-8)

@@ -8,16 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gated_delta_rule.triton_tiles import (
-    clear_rows,
-    decay_between,
-    load_tile,
-    square,
-    store_tile,
-    two_floats,
-    unit_lower_inverse,
-)
-from kernels.triton import chunk_of_slot, segment_rows
+from kernels.gated_delta_rule.triton_tiles import decay_between, unit_lower_inverse
+from kernels.triton import chunk_of_slot, clear_rows, load_tile, segment_rows, square, store_tile, two_floats
 
 FROM_Q, FROM_K, TO_K, Q_NORM, K_NORM, BETA, HIGH, LOW = (tl.constexpr(i) for i in range(8))
 PLANES = tl.constexpr(8)

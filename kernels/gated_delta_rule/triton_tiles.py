@@ -1,4 +1,4 @@
-"""Pieces of the kernels of the gated delta rule: tiles in memory, decays inside a chunk, inverses of triangular matrices."""
+"""Pieces of the kernels of the gated delta rule: decays inside a chunk, inverses of triangular matrices."""
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
 # (the checker takes what Triton compiles for Python)
@@ -7,52 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def load_tile(base, stride, rows, here, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    """Rows of a matrix at base, zeros where ``here`` is false; FULL: every column lies inside WIDTH.
-
-    Strides are constants and offsets 64 bits wide: so the compiler sees that those of one thread differ by constants, and keeps
-    one pointer instead of many.
-    """
-    mask = here[:, None] if FULL else here[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(
-        base + (rows[:, None].to(tl.int64) * stride + columns[None, :].to(tl.int64)),
-        mask=mask,
-        other=0.0,
-    )
-
-
-@triton.jit
-def store_tile(base, stride, rows, here, columns, x, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    mask = here[:, None] if FULL else here[:, None] & (columns < WIDTH)[None, :]
-    tl.store(
-        base + (rows[:, None].to(tl.int64) * stride + columns[None, :].to(tl.int64)),
-        x.to(base.dtype.element_ty),
-        mask=mask,
-    )
-
-
-@triton.jit
-def clear_rows(base, stride, here, C: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr):
-    """Zeros in all columns."""
-    for at in range(0, WIDTH, B):
-        columns = at + tl.arange(0, B)
-        store_tile(base, stride, tl.arange(0, C), here, columns, tl.zeros((C, B), tl.float32), WIDTH, WIDTH % B == 0)
-
-
-@triton.jit
-def square(base, C: tl.constexpr):
-    """Pointers to [C, C]."""
-    return base + (tl.arange(0, C)[:, None].to(tl.int64) * C + tl.arange(0, C)[None, :].to(tl.int64))
-
-
-@triton.jit
-def two_floats(x):
-    """fp64 -> two fp32 that sum to it."""
-    high = x.to(tl.float32)
-    return high, (x - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit

@@ -12,8 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gated_delta_rule.triton_tiles import clear_rows, load_tile, square, store_tile, two_floats
-from kernels.triton import chunk_of_slot, segment_rows
+from kernels.triton import chunk_of_slot, clear_rows, load_tile, segment_rows, square, store_tile, two_floats
 
 FORGOTTEN = tl.constexpr(-128.0)  # its exponential is zero in fp32; with a bound sums of g stay small, and finite
 
