@@ -57,12 +57,8 @@ def config(key: int, value: int, dtype: torch.dtype, roomy: bool) -> Config:
         return Config(16, small, Tiles(kp, min(vp, 32), 4, 1), small)
     tile, wide = min(kp, 64), min(vp, 64)
     if not roomy:
-        return Config(
-            32,
-            Tiles(tile, wide, 4, 1),
-            Tiles(kp, min(vp, 32), 8 if kp == 256 else 4, 1),
-            Tiles(tile, wide, 8, 1),
-        )
+        scans = Tiles(kp, min(vp, 32), 8 if kp == 256 else 4, 1)
+        return Config(32, Tiles(tile, wide, 4, 1), scans, Tiles(min(kp, 32), wide, 4, 1))
     return Config(
         64,
         Tiles(tile, wide, 8, 1),
