@@ -117,12 +117,12 @@ class _Call:
     """The launches of one call, with what they share."""
 
     def __init__(self, tensors: Tensors, scale: float) -> None:
-        q, k, v, g, _, self.cu = tensors
+        q, k, v, g, _, cu = tensors
         assert q is not None
         assert k is not None
         assert v is not None
         self.q, self.k, self.v = by_rows(q.to(v.dtype)), by_rows(k.to(v.dtype)), by_rows(v)
-        self.g = None if g is None else g.contiguous()
+        self.g, self.cu = (None if x is None else x.contiguous() for x in (g, cu))
         self.scale = scale
         self.b, self.t, self.h, self.key_width = q.shape
         self.heads, self.width = v.shape[2:]

@@ -77,6 +77,13 @@ def test_equals_the_definition(shape: str, dtype: torch.dtype, decay: str, devic
         assert not grads["q"].flatten(0, 1)[int(cu[-1]) :].any()
 
 
+def test_ends_of_segments_in_another_layout(device: torch.device):
+    q, k, v = (torch.randn(1, 20, 2, 32, device=device) for _ in range(3))
+    g, ends = -torch.rand(1, 20, 2, device=device), torch.tensor([[0, 5, 20], [9, 9, 9]], device=device)
+    o, _ = decay_linear_attention(q, k, v, g, cu_seqlens=ends.T.contiguous().T[0])
+    assert torch.equal(o, decay_linear_attention(q, k, v, g, cu_seqlens=ends[0])[0])
+
+
 def test_states_of_any_layout(device: torch.device):
     """A transposed state, and a transposed gradient of the final one, are read as what they are."""
     q, k, v = (torch.randn(1, 20, 2, 32, device=device) for _ in range(3))

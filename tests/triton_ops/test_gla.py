@@ -85,6 +85,13 @@ def check(shape: Shape, dtype: torch.dtype, decay: str, device: torch.device):
             assert not x.flatten(0, 1)[int(cu[-1]) :].any()
 
 
+def test_ends_of_segments_in_another_layout(device: torch.device):
+    q, k, v = (torch.randn(1, 20, 2, 32, device=device) for _ in range(3))
+    g, ends = -torch.rand(1, 20, 2, 32, device=device), torch.tensor([[0, 5, 20], [9, 9, 9]], device=device)
+    o, _ = gla(q, k, v, g, cu_seqlens=ends.T.contiguous().T[0])
+    assert torch.equal(o, gla(q, k, v, g, cu_seqlens=ends[0])[0])
+
+
 def test_inputs_of_any_layout(device: torch.device):
     """q, k and g out of one projection, transposed states and a transposed gradient of the final one are read as what they are."""
     q, k, g = torch.randn(1, 20, 3, 2, 32, device=device).unbind(2)
