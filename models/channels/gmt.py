@@ -67,12 +67,12 @@ class GMTConfig:
     write_source: str = "post_residual"  # post_residual | cell_input: which states of tokens slots move to
     momentum_learned: bool = True  # through the tracking loss, which always wants it to be 1
     momentum: float = 0.99  # at the start, of slots in write-back
-    rate: str = "per_step"  # per_step | reference: momenta act once per step, or once per micro-batch
+    rate: str = "per_step"  # per_step | reference: momenta act once per step, or to the power of its micro-batches
     floor: float = 0.01  # of the distance 1 - cos
     temperature: float | None = None
     temperature_start: float = 1.0
     temperature_end: float = 0.1
-    usage_momentum: float = 0.99  # per micro-batch
+    usage_momentum: float | None = None  # default: 0.99 per micro-batch, or what 33 of these (the published run) make of it per step
     maintenance_every: int = 110  # steps between looks for dead and double slots; 0: never
     dead_below: float = 1e-3  # usage
     merge_above: float = 0.95  # cosine of two slots
@@ -98,6 +98,8 @@ class GMTConfig:
         choice("write_norm", self.write_norm, ("raw", "unit"))
         choice("write_source", self.write_source, ("post_residual", "cell_input"))
         choice("rate", self.rate, ("per_step", "reference"))
+        if self.usage_momentum is None:
+            object.__setattr__(self, "usage_momentum", 0.99 if self.rate == "reference" else 0.99**33)
         if self.slots < 2 or self.width < 1:
             raise UserError(f"at least 2 slots and a width of 1 are needed, got slots={self.slots}, width={self.width}")
         for name in ("momentum", "usage_momentum"):

@@ -77,7 +77,7 @@ def commit(cell: GMT, said: Mapping[str, Write], info: CommitInfo) -> list[RowRe
     cfg, now = cell.cfg, {name: write.value for name, write in said.items()}
     times = info.micro_batches if cfg.rate == "reference" else 1
     share = now["weights"] / now["tokens"].clamp(min=1)
-    slow = cfg.usage_momentum**info.micro_batches
+    slow = cfg.usage_momentum**times
     cell.usage.copy_(torch.where(now["tokens"] > 0, slow * cell.usage + (1 - slow) * share, cell.usage))
     cell.slots.copy_(written_back(cell, now["sums"], now["counts"], times))
     cell.age.add_(times)
