@@ -1,0 +1,176 @@
+"""Look at what the memory of a run does with a text: ``python -m eval.inspect RUN --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from eval.inspection.numbers import number, plain
+from eval.inspection.text import Text, loss, text_of
+from eval.report import read_metrics
+from eval.run import LoadedRun, open_run
+from eval.tables import markdown
+from models import LM, UserError
+from models.errors import guard
+
+INSTRUMENTS = {"gmt": "eval.inspection.gmt"}  # kind of part -> module
+EXAMPLE = """examples:
+  python -m eval.inspect runs/gmt --out inspection
+  python -m eval.inspect runs/gmt --text story.txt --out inspection --ablate uniform_edges+zero_block:2 --ablate freeze_slot:7@0
+"""
+
+
+class Instrument(Protocol):
+    """What a module in INSTRUMENTS has. ``found`` is plain JSON: what `measure` gave, with what `look` added."""
+
+    ABLATIONS: Mapping[str, str]  # what --ablate can be given, and what it does
+
+    def measure(self, model: LM, text: Text) -> dict[str, Any]:
+        """Of the parts of its kind, on the text; ``loss``: the mean over its tokens. The model is not changed."""
+        ...
+
+    def history(self, model: LM, records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """From the lines of ``metrics.jsonl``."""
+        ...
+
+    def standard(self, model: LM) -> list[str]:
+        """Ablations that are made when none is asked for."""
+        ...
+
+    def check(self, model: LM, spec: str) -> None:
+        """Raise UserError for an ablation that cannot be made."""
+        ...
+
+    def ablate(self, model: LM, spec: str) -> AbstractContextManager[None]:
+        """Inside, the model runs without it."""
+        ...
+
+    def summary(self, found: dict[str, Any]) -> str:
+        """A Markdown table."""
+        ...
+
+    def lists(self, found: dict[str, Any]) -> str:
+        """The longer Markdown: what a picture cannot say."""
+        ...
+
+    def draw(self, found: dict[str, Any], folder: Path) -> list[Path]:
+        """Write PNG files."""
+        ...
+
+
+def instrument(kind: str) -> Instrument:
+    """The instrument for parts of this kind, one of INSTRUMENTS."""
+    return cast(Instrument, importlib.import_module(INSTRUMENTS[kind]))
+
+
+def kind_of(model: LM) -> str:
+    """The first kind of part in the model that has an instrument. Raises UserError if there is none."""
+    kinds = list(dict.fromkeys(part.cfg.kind for _, _, part in model.parts()))
+    for kind in kinds:
+        if kind in INSTRUMENTS:
+            return kind
+    raise UserError(
+        f"nothing to inspect in a model of {', '.join(kinds)}: it takes a part of kind {' or '.join(INSTRUMENTS)}"
+    )
+
+
+def look(run: LoadedRun, text: Text, ablations: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everything that there is to say, as plain JSON. ``ablations``: None for the standard ones. Raises UserError."""
+    model, kind = run.model, kind_of(run.model)
+    tool = instrument(kind)
+    wanted = tool.standard(model) if ablations is None else ablations
+    for spec in wanted:
+        tool.check(model, spec)
+    found = {"run": run.name, "step": run.step, "checkpoint": run.checkpoint, "kind": kind, "text": text.source}
+    found |= tool.measure(model, text)
+    found["ablations"] = [{"name": spec, "loss": _loss_without(tool, model, spec, text)} for spec in wanted]
+    logged = (run.dir / "metrics.jsonl").is_file()
+    found["training"] = tool.history(model, read_metrics(run.dir)) if logged else None
+    return found
+
+
+def _loss_without(tool: Instrument, model: LM, spec: str, text: Text) -> float | None:
+    with tool.ablate(model, spec):
+        return plain(loss(model, text), 12)
+
+
+def write(found: dict[str, Any], out: Path) -> list[Path]:
+    """``inspect.json``, ``inspect.md`` and pictures. -> what was written. Raises UserError when the disk refuses."""
+    tool = instrument(found["kind"])
+    numbers, words = out / "inspect.json", out / "inspect.md"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        numbers.write_text(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        pictures = tool.draw(found, out)
+        shown = "\n\n".join(f"![{p.stem}]({p.name})" for p in pictures)
+        words.write_text(f"{summary(found)}\n\n{shown}\n\n{tool.lists(found)}\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    return [numbers, words, *pictures]
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What was read, a row for each part, a row for each ablation: Markdown."""
+    what = f"{found['run']}, step {found['step']}: {len(found['tokens']):,} tokens of {found['text']}"
+    before = number(found["loss"])
+    text = f"{what}, loss {before:.4f} nats per token\n\n{instrument(found['kind']).summary(found)}"
+    if found["ablations"]:
+        rows = [(a["name"], a["loss"], number(a["loss"]) - before) for a in found["ablations"]]
+        text += f"\n\n{markdown(('without', 'loss', 'change'), rows)}"
+    return text
+
+
+# -- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m eval.inspect",
+        description=__doc__,
+        epilog=EXAMPLE + _ablations(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("run", help="a run folder, or a model exported in Hugging Face format")
+    p.add_argument("--out", required=True, metavar="DIR", help="for inspect.json, inspect.md and pictures")
+    p.add_argument("--text", metavar="FILE", help="what is read; default: the start of the run's validation data")
+    p.add_argument("--tokens", type=int, default=2048, help="of the text, at most (default: 2048)")
+    p.add_argument(
+        "--ablate",
+        action="append",
+        metavar="WHAT",
+        help="also the loss without this (repeatable; a+b: without both); default: the graph, and each cell; 'none': nothing",
+    )
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
+    p.add_argument("--step", type=int, help="an older checkpoint")
+    p.add_argument("--allow-foreign", action="store_true", help="let a config run code from outside this repository")
+    return p
+
+
+def _ablations() -> str:
+    lines = ["", "what --ablate takes away:"]
+    for kind in INSTRUMENTS:
+        lines += [f"  {kind}: {form:<24}{what}" for form, what in instrument(kind).ABLATIONS.items()]
+    return "\n".join(lines)
+
+
+@guard
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign)
+    kind_of(run.model)  # before a text is read for nothing
+    wanted = [] if args.ablate == ["none"] else args.ablate
+    found = look(run, text_of(run, args.text, args.tokens), wanted)
+    files = write(found, Path(args.out))
+    print(summary(found))
+    print(f"\n{Path(args.out)}/: {', '.join(p.name for p in files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
