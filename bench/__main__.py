@@ -13,8 +13,21 @@ from typing import Any
 
 import torch
 
+from bench import (
+    cells,
+    context,
+    decode,
+    evaluation,
+    floors,
+    gpu_layers,
+    gpu_scans,
+    kernels,
+    readme,
+    recall,
+    scans,
+    train,
+)
 from bench import compile as ahead
-from bench import context, decode, evaluation, floors, gpu_layers, gpu_scans, kernels, readme, recall, scans, train
 from kernels.compilation import GATED, TARGETS
 from models.errors import UserError, guard
 from training.runlog import environment
@@ -42,7 +55,8 @@ def run_decode(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
 
 
 def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    cases = [*kernels.cases(args.device), *scans.cases(args.device, args.tiny)]
+    cases = [*kernels.cases(args.device)]
+    cases += [case for bench in (scans, cells) for case in bench.cases(args.device, args.tiny)]
     rows = [kernels.measure(case, args.pairs) for case in cases]
     text = kernels.table(rows)
     if args.device == "cuda" or args.tiny:

@@ -31,14 +31,16 @@ def writes(hop: Hop, tokens: Tensor, ctx: Ctx, slots: int) -> dict[str, Write]:
         tokens = tokens.to(hop.source.dtype)
         nearest = hop.nearest.long()
         keep = tokens.new_ones(len(tokens)) if ctx.valid is None else ctx.valid.flatten().to(tokens.dtype)
-        belongs = F.one_hot(nearest, slots).to(tokens.dtype) * keep[:, None]
+        kept = tokens if ctx.valid is None else tokens * keep[:, None]
         if tokens.device.type == "cpu":
-            sums = tokens.new_zeros(slots, tokens.shape[1]).index_add_(0, nearest, tokens * keep[:, None])
+            sums = tokens.new_zeros(slots, tokens.shape[1]).index_add_(0, nearest, kept)
+            counts = tokens.new_zeros(slots).index_add_(0, nearest, keep)
         else:  # adding by index is in no fixed order there
-            sums = belongs.T @ tokens
+            belongs = F.one_hot(nearest, slots).to(tokens.dtype)
+            sums, counts = belongs.T @ kept, belongs.T @ keep
         return {
             "sums": Write(sums),
-            "counts": Write(belongs.sum(0)),
+            "counts": Write(counts),
             "weights": Write(keep @ hop.source),
             "tokens": Write(keep.sum()),
             "candidates": candidates(tokens, ctx, CANDIDATES * slots),
