@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import context, floors, gpu_layers, gpu_scans, kernels, scans
+from bench import cells, context, floors, gpu_layers, gpu_scans, kernels, scans
 from bench.floors import Floor, Peaks
 from bench.scans import SCANS, Shape
 
@@ -47,11 +47,11 @@ def test_a_floor_is_the_slower_of_two():
     assert min(found.flops, found.bandwidth) > 1e6
 
 
-@pytest.mark.parametrize("case", scans.cases("cpu", tiny=True), ids=lambda c: c.op)
-def test_scans_against_their_definition(case: kernels.Case):
+@pytest.mark.parametrize("case", scans.cases("cpu", tiny=True) + cells.cases("cpu", tiny=True), ids=lambda c: c.op)
+def test_ops_against_their_definition(case: kernels.Case):
     row = kernels.measure(case, pairs=1)
     assert row["ratio"] > 0
-    assert row["peer"] in ("token by token", "plain PyTorch")
+    assert row["peer"] in ("token by token", "plain PyTorch", "the paper's equations")
     assert case.op in kernels.table([row])
 
 
@@ -135,6 +135,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ):
         assert word in text
     assert re.search(r"fla-core (is not here|\d)", text)
-    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 6 + 1 + 4
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 2 + 6 + 1 + 4
     assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
     assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
