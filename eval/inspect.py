@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from tqdm import tqdm
+
 from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, loss, text_of
 from eval.report import read_metrics
@@ -32,6 +34,10 @@ class Instrument(Protocol):
 
     def measure(self, model: LM, text: Text) -> dict[str, Any]:
         """Of the parts of its kind, on the text; ``loss``: the mean over its tokens. The model is not changed."""
+        ...
+
+    def changes(self, earlier: LM, model: LM, text: Text) -> dict[str, Any]:
+        """Between two checkpoints of a run."""
         ...
 
     def history(self, model: LM, records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -79,8 +85,11 @@ def kind_of(model: LM) -> str:
     )
 
 
-def look(run: LoadedRun, text: Text, ablations: Sequence[str] | None = None) -> dict[str, Any]:
-    """Everything that there is to say, as plain JSON. ``ablations``: None for the standard ones. Raises UserError."""
+def look(
+    run: LoadedRun, text: Text, ablations: Sequence[str] | None = None, earlier: LoadedRun | None = None
+) -> dict[str, Any]:
+    """Everything that there is to say, as plain JSON. ``ablations``: None for the standard ones; ``earlier``: an older checkpoint,
+    to compare with. Raises UserError."""
     model, kind = run.model, kind_of(run.model)
     tool = instrument(kind)
     wanted = tool.standard(model) if ablations is None else ablations
@@ -88,7 +97,9 @@ def look(run: LoadedRun, text: Text, ablations: Sequence[str] | None = None) -> 
         tool.check(model, spec)
     found = {"run": run.name, "step": run.step, "checkpoint": run.checkpoint, "kind": kind, "text": text.source}
     found |= tool.measure(model, text)
-    found["ablations"] = [{"name": spec, "loss": _loss_without(tool, model, spec, text)} for spec in wanted]
+    bar = tqdm(wanted, "ablations", unit="pass", leave=False, disable=None)
+    found["ablations"] = [{"name": spec, "loss": _loss_without(tool, model, spec, text)} for spec in bar]
+    found["since"] = {"step": earlier.step, **tool.changes(earlier.model, model, text)} if earlier else None
     logged = (run.dir / "metrics.jsonl").is_file()
     found["training"] = tool.history(model, read_metrics(run.dir)) if logged else None
     return found
@@ -145,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="WHAT",
         help="also the loss without this (repeatable; a+b: without both); default: the graph, and each cell; 'none': nothing",
     )
+    p.add_argument("--since", type=int, metavar="STEP", help="also what has changed since this older checkpoint")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
     p.add_argument("--step", type=int, help="an older checkpoint")
@@ -162,10 +174,14 @@ def _ablations() -> str:
 @guard
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign)
+
+    def opened(step: int | None) -> LoadedRun:
+        return open_run(args.run, args.device, args.dtype, step, args.allow_foreign)
+
+    run, earlier = opened(args.step), None if args.since is None else opened(args.since)
     kind_of(run.model)  # before a text is read for nothing
     wanted = [] if args.ablate == ["none"] else args.ablate
-    found = look(run, text_of(run, args.text, args.tokens), wanted)
+    found = look(run, text_of(run, args.text, args.tokens), wanted, earlier)
     files = write(found, Path(args.out))
     print(summary(found))
     print(f"\n{Path(args.out)}/: {', '.join(p.name for p in files)}")

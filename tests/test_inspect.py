@@ -176,6 +176,28 @@ def test_lists_say_which_tokens_stand_where(model):
     assert weight[row][column] == pytest.approx(sum(members) / len(members), rel=1e-4)
 
 
+def test_what_changed_between_two_checkpoints(model):
+    earlier, text = model_of(fidelity=cells(model)[0].cfg.fidelity), story()
+    same = instrument.changes(earlier, model, text)["layers"]
+    assert [(c["layer"], c["moved_sources"], c["moved_targets"]) for c in same] == [(0, 0, 0), (1, 0, 0)]
+    assert max(same[0]["angle"]) < 1e-3
+    cell = cells(model)[1]
+    with torch.no_grad():  # two slots change places, another one turns by a right angle
+        for t in (cell.slots, cell.edges, cell.edges.T):
+            t[[0, 1]] = t[[1, 0]]
+        turned = torch.randn(16, dtype=torch.float64)
+        cell.slots[2] = turned - (turned @ cell.slots[2]) / cell.slots[2].square().sum() * cell.slots[2]
+    found = instrument.changes(earlier, model, text)["layers"]
+    assert found[0] == same[0]
+    now, before = (instrument.observe(m, text)[0][1].source.argmax(1) for m in (model, earlier))
+    assert found[1]["moved_sources"] == pytest.approx((now != before).sum().item() / 100)
+    assert found[1]["moved_sources"] > 0
+    a, b = (cells(earlier)[1].slots[i].tolist() for i in (0, 1))
+    between = math.degrees(math.acos(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)))
+    assert found[1]["angle"][:3] == pytest.approx([between, between, 90], rel=1e-4)
+    assert max(found[1]["angle"][3:]) < 1e-3
+
+
 # -- ablations
 
 
@@ -300,7 +322,7 @@ def test_the_command(trained, tmp_path, capsys):
     from matplotlib.image import imread
 
     out = tmp_path / "out"
-    assert inspect.main([str(trained), "--out", str(out), "--tokens", "300", "--device", "cpu"]) == 0
+    assert inspect.main([str(trained), "--out", str(out), "--tokens", "300", "--device", "cpu", "--since", "9"]) == 0
     printed = capsys.readouterr().out
     raw = (out / "inspect.json").read_text(encoding="utf-8")
     found = json.loads(raw)
@@ -331,6 +353,8 @@ def test_the_command(trained, tmp_path, capsys):
         assert picture.std() > 0.02
     assert "## Layer 1" in words
     assert "zero_block:1" in printed
+    assert "since step 9:" in printed
+    assert 0 < max(found["since"]["layers"][0]["angle"]) < 90
     assert "inspect.json" in printed
 
     again = tmp_path / "again"  # everything that is shown is in the JSON
@@ -413,6 +437,7 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
     assert "no text" in said(str(trained), "--text", str(tmp_path / "empty.txt"))
     assert "--tokens" in said(str(trained), "--tokens", "0")
     assert "did you mean 'zero_block'" in said(str(trained), "--ablate", "zero_blok:0")
+    assert "there are: 9, 12" in said(str(trained), "--since", "5")
     bare = write_run(tmp_path / "bare", model_of().float())
     assert "--text FILE" in said(str(bare))
     out = tmp_path / "file" / "out"
@@ -426,6 +451,7 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
 def test_labels_are_safe_on_an_axis():
     assert pictures._label("$x$") == r"\$x\$"
     assert pictures._label("日本") == "\\u65e5\\u672c"
+    assert pictures._label("\\n␣␣␣␣␣␣␣␣") == "\\n␣×8"
     assert pictures._label("a_rather_long_name") == "a_rather_lo…"
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.inspection import gmt_hooks
 from eval.inspection.gmt_hooks import Hopper, ablate, cells, changed, check, standard
 from eval.inspection.gmt_pictures import draw
-from eval.inspection.numbers import plain
+from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, read
 from eval.tables import markdown
 from kernels.gmt_cell import Hop
@@ -27,7 +28,19 @@ from models import LM
 from models.channels.gmt import GMT, NORM_EPS, Tables
 from models.channels.gmt_losses import cosines, effective, entropy, off_diagonal_mean, wide
 
-__all__ = ["ABLATIONS", "ablate", "check", "draw", "history", "lists", "measure", "observe", "standard", "summary"]
+__all__ = [
+    "ABLATIONS",
+    "ablate",
+    "changes",
+    "check",
+    "draw",
+    "history",
+    "lists",
+    "measure",
+    "observe",
+    "standard",
+    "summary",
+]
 
 ABLATIONS = gmt_hooks.ABLATIONS
 LISTED, CLOSEST = 8, 3  # kinds of token, and single tokens, that are told of a slot
@@ -262,6 +275,23 @@ def _stats_under(prefixes: Iterable[str], record: dict[str, Any]) -> list[str]:
     return [name for name in record.get("stats", {}) if name.startswith(tuple(prefixes))]
 
 
+def changes(earlier: LM, model: LM, text: Text) -> dict[str, Any]:
+    """Between two checkpoints of a run: ``layers``, each with the share of tokens that are nearest (that mostly go) to another slot
+    now, and the angle in degrees by which each slot has turned."""
+    before, after = observe(earlier, text)[0], observe(model, text)[0]
+    found = []
+    for (layer, old), new in zip(cells(earlier).items(), cells(model).values(), strict=True):
+        cosine = F.cosine_similarity(old.slots.detach().double(), new.slots.detach().double(), dim=1)
+        moved = {
+            f"moved_{side}s": (getattr(before[layer], side).argmax(1) != getattr(after[layer], side).argmax(1))
+            .double()
+            .mean()
+            for side in ("source", "target")
+        }
+        found.append({"layer": layer, **plain(moved), "angle": plain(cosine.clamp(-1, 1).acos().rad2deg())})
+    return {"layers": found}
+
+
 # -- for reading
 
 SUMMARY = {
@@ -282,9 +312,18 @@ SUMMARY = {
 
 
 def summary(found: dict[str, Any]) -> str:
-    """A table with a row for each cell; entropies and influences in nats, shares of 1."""
+    """A table with a row for each cell; entropies and influences in nats, shares of 1. Then one of what has changed."""
     rows = [(layer["layer"], *(layer["numbers"][key] for key in SUMMARY.values())) for layer in found["layers"]]
-    return markdown(("layer", *SUMMARY), rows)
+    text = markdown(("layer", *SUMMARY), rows)
+    if not found["since"]:
+        return text
+    headers = ("layer", "other source", "other target", "slots turned by, degrees, mean", "most")
+    angles = {now["layer"]: [number(a) for a in now["angle"]] for now in found["since"]["layers"]}
+    rows = [
+        (n, now["moved_sources"], now["moved_targets"], sum(angles[n]) / len(angles[n]), max(angles[n]))
+        for n, now in zip(angles, found["since"]["layers"], strict=True)
+    ]
+    return f"{text}\n\nsince step {found['since']['step']}:\n\n{markdown(headers, rows)}"
 
 
 def lists(found: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,7 @@ def _cosines(axes: Any, layer: Found) -> None:
     nearest = 1 - _number(layer, "coverage")
     axes.axvline(nearest, color=TARGET, linestyle=":", label=f"nearest slot, mean (coverage {1 - nearest:.3f})")
     axes.set(title="cosine of two slots", xlabel="cosine", ylabel="pairs of slots")
+    axes.margins(y=0.2)  # for the legend
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -249,10 +251,10 @@ def training(curves: Found) -> Any:
         a[0].plot(*_floats(curves["validation"]).T, "o--", color=TARGET, markersize=4, label="validation")
     a[0].set(title="loss", ylabel="nats per token")
     a[0].legend(frameon=False, fontsize=9)
-    for i, (name, values) in enumerate((n, v) for n, v in curves["losses"].items() if n.startswith("gmt.")):
-        a[1].plot(
-            x, np.where(_floats(values) > 0, _floats(values), np.nan), color=f"C{i}", label=name.partition(".")[2]
-        )
+    for i, (name, raw) in enumerate((n, v) for n, v in curves["losses"].items() if n.startswith("gmt.")):
+        values = _floats(raw)
+        label = name.partition(".")[2] + ("" if values.any() else " (zero)")
+        a[1].plot(x, np.where(values > 0, values, np.nan), color=f"C{i}", label=label)
     a[1].set(title="losses of the cells, mean over layers", ylabel="before their weights", yscale="log")
     a[1].legend(frameon=False, fontsize=8)
     titles = {
@@ -371,6 +373,7 @@ def _floats(values: Sequence[Any]) -> np.ndarray:
 
 def _label(token: str) -> str:
     """A token as an axis can show it: short, in letters that every font has, and no formula."""
+    token = re.sub(r"(.)\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", token)
     if len(token) > LONGEST:
         token = token[: LONGEST - 1] + "…"
     letters = (c if ord(c) < 0x250 or c in "␣…" else c.encode("unicode_escape").decode() for c in token)
