@@ -18,6 +18,16 @@ FORGOTTEN = tl.constexpr(-128.0)  # its exponential is zero in fp32; with a boun
 
 
 @triton.jit
+def _levels(C: tl.constexpr, LEVELS: tl.constexpr):
+    """[C, C]: at which level row i sees row j, the highest bit in which they differ; -1 where it does not, i <= j."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    found = tl.full((C, C), -1, tl.int32)
+    for bit in tl.static_range(LEVELS):
+        found = tl.where((i > j) & ((i ^ j) >> bit > 0), bit, found)
+    return found
+
+
+@triton.jit
 def _since(high, low, gamma, rows, keys, C: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr):
     """Decay of each row of [C, BK] = (high, low) since row ``rows`` [C] of its chunk, that row's own not included."""
     every = rows >= 0
@@ -69,7 +79,7 @@ def prepare(
     place = slot * H + head
     gamma += place * ((2 if TWO else 1) * C * K)
     narrow: tl.constexpr = pairs.dtype.element_ty
-    i, j = c[:, None], c[None, :]
+    levels = _levels(C, LEVELS)
     weights, same = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
     for at in tl.range(0, K, BK, disable_licm=True):
         keys = at + tl.arange(0, BK)
@@ -89,11 +99,11 @@ def prepare(
             decay = _to_middle(high, low, gamma, level, keys, C, K, K % BK == 0, TWO)
             reader, writer = (q_wide * decay).to(narrow), (k_wide * decay).to(narrow)
             seen = tl.dot(reader, tl.trans(writer), input_precision=PRECISION)
-            weights += tl.where((i > j) & ((i ^ j) >> level == 1), seen, 0.0)
+            weights += tl.where(levels == level, seen, 0.0)
         store_tile(reads, H * K, c, here, keys, q_wide * tl.exp(high) * scale, K, K % BK == 0)
         to_end = _to_end(high, low, gamma, keys, C, K, K % BK == 0, TWO)
         store_tile(writes, H * K, c, here, keys, k_wide * to_end, K, K % BK == 0)
-    weights += tl.where(i == j, same[:, None], 0.0)
+    weights += tl.where(c[:, None] == c[None, :], same[:, None], 0.0)
     tl.store(square(pairs + place * (C * C), C), (weights * scale).to(narrow))
 
 
@@ -191,7 +201,6 @@ def gradients(
     dpairs += (slot * H + head) * (C * C)
     gamma += (slot * H + head) * ((2 if TWO else 1) * C * K)
     narrow: tl.constexpr = v.dtype.element_ty
-    i, j = c[:, None], c[None, :]
 
     met = tl.zeros((C, C), tl.float32)
     for member in tl.range(0, GROUP, disable_licm=True):
@@ -201,10 +210,11 @@ def gradients(
             do_tile = load_tile(do + member * V, do_stride, c, here, columns, V, V % BV == 0)
             met = tl.dot(do_tile, tl.trans(v_tile), met, input_precision=PRECISION)
     met *= scale
-    same = tl.sum(tl.where(i == j, met, 0.0), 1)
+    same = tl.sum(tl.where(c[:, None] == c[None, :], met, 0.0), 1)
     tl.store(square(dpairs, C), met.to(narrow))
     tl.debug_barrier()  # what follows reads what was just written
 
+    levels = _levels(C, LEVELS)
     for first in tl.range(0, K, BK, disable_licm=True):
         keys = first + tl.arange(0, BK)
         high = load_tile(gamma, K, c, c >= 0, keys, K, K % BK == 0)
@@ -215,7 +225,7 @@ def gradients(
             k_wide = load_tile(k, k_stride, c, here, keys, K, K % BK == 0).to(tl.float32)
             decay = _to_middle(high, low, gamma, level, keys, C, K, K % BK == 0, TWO)
             reader, writer = (q_wide * decay).to(narrow), (k_wide * decay).to(narrow)
-            seen = tl.where((i > j) & ((i ^ j) >> level == 1), tl.load(square(dpairs, C)), 0.0)
+            seen = tl.where(levels == level, tl.load(square(dpairs, C)), 0.0)
             dq_tile += decay * tl.dot(seen, writer, input_precision=PRECISION)
             dk_tile += decay * tl.dot(tl.trans(seen), reader, input_precision=PRECISION)
 
