@@ -393,6 +393,18 @@ def test_a_diverged_model_is_drawn_too(tmp_path):
     assert "loss nan" in inspect.summary(found)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
+def test_a_cell_without_norm_beside_no_mixer(tmp_path):
+    pytest.importorskip("matplotlib")
+    cell = {"kind": "gmt", "slots": 4, "width": 3, "displacement": "none"}
+    model = model_of(n_layers=1, blocks={"a": {"channel": cell}}).float()
+    run = open_run(write_run(tmp_path / "run", model), "cpu")
+    found = inspect.look(run, story(), [])
+    numbers = found["layers"][0]["numbers"]
+    assert numbers["memory_fraction"] is numbers["displacement_floor"] is None
+    assert pictures.overview(found).get_axes()
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [

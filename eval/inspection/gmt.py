@@ -88,14 +88,14 @@ class _Watch:
     def of_hop(self, hop: Hopper) -> Hopper:
         def hopped(h: Tensor, tables: Tables, temperature: Tensor) -> Hop:
             found = hop(h, tables, temperature)
-            plain = hop(h, gmt_hooks.with_uniform_edges(tables), temperature)
+            alike = hop(h, gmt_hooks.with_uniform_edges(tables), temperature)
             self.hop = {
                 "source": found.source,
                 "target": found.target,
                 "distance": found.distance,
                 "move": ((found.target - found.source) @ tables.points).norm(dim=1),
                 "output": wide(found.y).norm(dim=1),
-                "influence": divergence(found.target, plain.target),
+                "influence": divergence(found.target, alike.target),
             }
             return found
 
@@ -180,7 +180,7 @@ def _numbers(cell: GMT, progress: Tensor, seen: Seen, edges: Tensor, close: Tens
         "target_entropy": entropy(seen.target).mean(),
         "largest_entropy": math.log(f),
         "displacement": seen.move.mean(),
-        "displacement_floor": math.sqrt(NORM_EPS * cell.site.d_model),  # below it, the norm makes no move larger
+        "displacement_floor": _displacement_floor(cell),
         "memory_fraction": (seen.output / (seen.output + seen.mixer)).mean(),
         "edge_influence": seen.influence.mean(),
         "at_floor": (seen.distance <= cfg.floor * (1 + 1e-5)).double().mean(),  # share of tokens, no gradient there
@@ -198,6 +198,11 @@ def _numbers(cell: GMT, progress: Tensor, seen: Seen, edges: Tensor, close: Tens
         "coverage": (1 - other.amax(1)).mean(),  # mean distance to the nearest other slot
     }
     return plain(numbers)
+
+
+def _displacement_floor(cell: GMT) -> float | None:
+    """The length below which a displacement keeps its size, because the eps of its norm is larger. None without a norm."""
+    return None if cell.cfg.displacement == "none" else math.sqrt(NORM_EPS * cell.site.d_model)
 
 
 def top_share(chosen: Tensor, slots: int) -> Tensor:
@@ -282,14 +287,14 @@ def changes(earlier: LM, model: LM, text: Text) -> dict[str, Any]:
     found = []
     for (layer, old), new in zip(cells(earlier).items(), cells(model).values(), strict=True):
         cosine = F.cosine_similarity(old.slots.detach().double(), new.slots.detach().double(), dim=1)
-        moved = {
-            f"moved_{side}s": (getattr(before[layer], side).argmax(1) != getattr(after[layer], side).argmax(1))
-            .double()
-            .mean()
-            for side in ("source", "target")
-        }
+        was, now = before[layer], after[layer]
+        moved = {"moved_sources": _moved(was.source, now.source), "moved_targets": _moved(was.target, now.target)}
         found.append({"layer": layer, **plain(moved), "angle": plain(cosine.clamp(-1, 1).acos().rad2deg())})
     return {"layers": found}
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    return (before.argmax(1) != after.argmax(1)).double().mean()
 
 
 # -- for reading
