@@ -1,11 +1,11 @@
 """Does a hop over a graph of learned centroids do what a feed-forward layer does, at equal cost?
 
 The memory cell of the Graph Memory Transformer (arXiv:2604.23862), as published and corrected (edges as log-probabilities, means
-normalised before write-back, pressure on the usage of targets, displacements of fixed size), against feed-forward layers: dense ones
-with as many parameters, with as many operations as our cell and as the cell as published takes, and as much wider as in the paper's own
-comparison; and one from small matrices (arXiv:2406.16450), with as many parameters. Everything but the channel is equal, the learning
-rate too (of 1e-3 and 3e-3, the latter was the better for both the published cell and its dense rival). The published cell without
-write-back tells what of its result is the architecture's. Another corpus: data.sources.0.path=FILE, for example WikiText-2's text.
+normalised before write-back, pressure on the usage of targets, displacements of fixed size), against feed-forward layers: dense
+ones with as many parameters, with as many operations as our cell and as the cell as published takes, and as much wider as in the
+paper's own comparison; and one from small matrices (arXiv:2406.16450), with as many parameters. Everything but the channel is equal,
+the learning rate too: of 1e-3 and 3e-3 the latter was better for the published cell and for its dense rival. The published cell
+without write-back tells how much of its result write-back makes. Another corpus: data.sources.0.path=FILE, for example WikiText-2.
 """
 
 from configs.question import Question, Variant
