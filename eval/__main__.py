@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
     p.add_argument("--step", type=int, help="an older checkpoint")
+    p.add_argument("--progress", type=float, metavar="P", help="as if training had come so far, 0 to 1 (temperatures)")
     p.add_argument("--out", metavar="FILE", help="results as JSON; default: RUN/eval/<name>_<step>.json")
     p.add_argument("--log-samples", action="store_true", help="also keep every request and answer")
     p.add_argument("--no-cache", action="store_true", help="neither use nor keep results of single requests")
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from eval.suites import suite
 
     tasks = suite(args.suite) if args.suite else [t.strip() for t in args.tasks.split(",") if t.strip()]
-    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign)
+    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress)
     results = evaluate(
         run,
         tasks,

@@ -209,7 +209,8 @@ def _target(
     label = re.sub(r"[^\w.+-]+", "-", name or "+".join(Path(t).stem if t.endswith(".yaml") else t for t in tasks))[:80]
     label += f"_{num_fewshot}shot" if num_fewshot is not None else ""
     label += f"_limit{limit:g}" if limit is not None else ""
-    return run.dir / "eval" / f"{label}_{run.step}.json"
+    at = "" if run.progress is None else f"_progress{run.progress:g}"
+    return run.dir / "eval" / f"{label}_{run.step}{at}.json"
 
 
 def _store(results: dict[str, Any], target: Path) -> None:

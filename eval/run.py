@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class LoadedRun:
     config: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     checkpoint: str = ""  # names the weights: equal only for equal bytes
+    progress: float | None = None  # where it is not that of the weights
 
     @property
     def trained_length(self) -> int | None:
@@ -42,13 +43,17 @@ def open_run(
     dtype: torch.dtype | str | None = None,
     step: int | None = None,
     allow_foreign: bool = False,
+    progress: float | None = None,
 ) -> LoadedRun:
     """The newest whole checkpoint of a run folder (or that of ``step``), or an exported Hugging Face folder.
 
-    ``dtype`` defaults to that of the stored weights. Raises UserError or DataError, one line each, for anything that is
+    ``dtype`` defaults to that of the stored weights. ``progress`` in [0, 1]: as if training had come that far, for parts that follow
+    it (a temperature); default: as far as it had. Raises UserError or DataError, one line each, for anything that is
     missing, torn or does not fit together.
     """
     path = Path(path)
+    if progress is not None and not 0 <= progress <= 1:
+        raise UserError(f"progress must lie in [0, 1], got {progress:g}")
     where, kind = pick_device(device), pick_dtype(dtype)
     if allow_foreign:
         zoo.allow_foreign()
@@ -66,6 +71,9 @@ def open_run(
         found = int(folder.name.removeprefix("step_"))
         mark = sha256(folder / MANIFEST)
         run = LoadedRun(model, tokenizer, path, path.resolve().name, config, found, mark)
+    if progress is not None:
+        run.model.progress.fill_(progress)
+        run = replace(run, progress=progress, checkpoint=f"{run.checkpoint} at progress {progress:g}")
     if run.tokenizer.vocab_size > run.model.cfg.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {run.tokenizer.vocab_size} ids, the model only {run.model.cfg.vocab_size}"

@@ -79,6 +79,25 @@ def test_newest_checkpoint_opens_and_names_its_weights(tmp_path):
     assert open_run(path, "cpu", step=3).checkpoint == first.checkpoint
 
 
+def test_progress_can_be_chosen(tmp_path):
+    """What follows training, a temperature, is that of the chosen moment; such results go by another name."""
+    cell = {"kind": "gmt", "slots": 5, "width": 4}
+    model = tiny_model({"blocks": {"a": {"mixer": {"kind": "attention", "heads": 4}, "channel": cell}}})
+    model.progress.fill_(0.25)
+    folder, batch = write_run(tmp_path / "run", model), Batch(torch.arange(12)[None])
+    stored, cold = open_run(folder, "cpu"), open_run(folder, "cpu", progress=1.0)
+    assert stored.model.progress == 0.25
+    assert cold.model.progress == 1.0
+    assert cold.checkpoint != stored.checkpoint
+    with torch.no_grad():
+        warm, found = (run.model(batch).logits for run in (stored, cold))
+        model.progress.fill_(1.0)
+        assert torch.equal(found, model(batch).logits)
+    assert not torch.allclose(warm, found)
+    with pytest.raises(UserError, match=r"progress must lie in \[0, 1\], got 1.5"):
+        open_run(folder, "cpu", progress=1.5)
+
+
 def test_errors_are_one_line_and_name_the_nearest(tmp_path):
     path = write_run(tmp_path / "quickstart", tiny_model())
     for call, words in [
