@@ -285,6 +285,42 @@ def test_writes_change_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "autocast"])
+def test_keeps_less_for_the_backward_than_a_swiglu(narrow: bool):
+    """Of both with their losses, at the paper's width; a SwiGLU of 4 d, as in its own paper."""
+
+    def kept(channel: dict[str, Any]) -> int:
+        raw = {
+            "d_model": 768,
+            "n_layers": 1,
+            "vocab_size": 9,
+            "norm": "layernorm",
+            "blocks": {"b": {"channel": channel}},
+        }
+        lm, sizes = build(model_config(raw)).train(), dict[int, int]()
+        own = {p.data_ptr() for p in lm.parameters()}
+
+        def note(t: torch.Tensor) -> torch.Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            alive.append(t)
+            return t
+
+        alive: list[torch.Tensor] = []  # or an address would count for two
+        batch = random_batch(2, 512, 9)
+        x, ctx = lm.embed(batch.tokens).detach().requires_grad_(), lm.prepare(batch, None)[0]
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=narrow),
+        ):
+            y, _, aux = lm.layers[0].channel(x, ctx)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            total = y.float().sum() + sum(aux.losses.values())
+        assert total.requires_grad
+        return sum(sizes.values())
+
+    assert kept({"kind": "gmt"}) < 0.6 * kept({"kind": "swiglu"})
+
+
 # -- tables for inference
 
 
