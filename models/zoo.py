@@ -26,6 +26,7 @@ CHANNELS = {
     "relu2": "models.channels.mlp:Relu2",
     "gmt": "models.channels.gmt:GMT",
     "structured_ffn": "models.channels.structured:StructuredFFN",
+    "moe": "models.channels.moe:MoE",
 }
 MEMORIES: dict[str, str] = {}
 TABLE = {"mixer": MIXERS, "channel": CHANNELS, "memory": MEMORIES}

@@ -25,6 +25,10 @@ def _structured(form: str, other_flops: float = 0.0, **options: Any) -> Case:
     return _part("channel", name, {"kind": "structured_ffn", "form": form, **options}, other_flops=other_flops)
 
 
+def _moe(name: str, **options: Any) -> Case:
+    return _part("channel", name, {"kind": "moe", "hidden": 6, **options}, nonlinear=("balance",))
+
+
 def _gmt(name: str, **options: Any) -> Case:
     part = {"kind": "gmt", "slots": 7, "width": 5, **options}
     return _part("channel", name, part, nonlinear=("usage", "target_usage"), held=("tracking",), dropout=0.0)
@@ -116,6 +120,12 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _gmt("gmt", fidelity="paper"),
         _gmt("gmt-corrected", fidelity="corrected"),
         _gmt("gmt-free", displacement="none", write_source="cell_input", momentum_learned=False, temperature=0.5),
+    ],
+    ("channel", "moe"): [
+        _moe("moe", experts=5),
+        _moe("moe-loss", experts=4, shared=0, score="softmax", balance="loss"),
+        _moe("moe-one", experts=3, top_k=1, shared=2, router_norm="none", balance="none", scale=2.5),
+        _moe("moe-all", experts=3, top_k=3, shared=0, score="softmax", router_norm="none", balance="none"),
     ],
     ("channel", "structured_ffn"): [
         _structured("low_rank", rank=5),
