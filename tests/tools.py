@@ -223,7 +223,7 @@ def in_pieces(
 
 
 class Selections(TorchDispatchMode):
-    """Which of several a model selects (top-k over [B, T, N]), kept from one forward and imposed on others, whole or in
+    """Which of several a model selects (top-k or sort over [B, T, N]), kept from one forward and imposed on others, whole or in
     pieces: a selection jumps where two candidates are close, so only under the same one are two precisions comparable."""
 
     def __init__(self) -> None:
@@ -233,7 +233,7 @@ class Selections(TorchDispatchMode):
         self.calls, self.start = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.topk.default:
+        if func not in (torch.ops.aten.topk.default, torch.ops.aten.sort.stable) or args[0].ndim != 3:
             return func(*args, **(kwargs or {}))
         if not self.imposing:
             values, index = func(*args, **(kwargs or {}))
