@@ -27,7 +27,8 @@ from models.errors import UserError
 from models.mixers.linear import LinearConfig
 from models.mixers.rules import wide
 from models.parsing import choice
-from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, Stat, State, count_params, normal_, reset_norm
+from models.routers import balance, router_logits
+from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, State, count_params, normal_, reset_norm
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,7 @@ class MoM(Part):
     def _choose(self, h: Tensor, ctx: Ctx) -> Choice:
         """h [B, T, D] -> the choice; products and softmax in at least fp32. The largest logits are chosen, not the largest
         probabilities, which may have underflowed to equal zeros."""
-        with torch.autocast(h.device.type, enabled=False):
-            dtype = wide(h.dtype)
-            logits = F.linear(h.to(dtype), self.router.weight.to(dtype))
+        logits = router_logits(h, self.router.weight)
         probability = logits.softmax(dim=-1)
         largest, index = logits.topk(self.cfg.top_k, dim=-1)
         weight = largest.softmax(dim=-1) if self.cfg.router_norm == "topk" else probability.gather(-1, index)
@@ -213,23 +212,8 @@ class MoM(Part):
     # -- what it says about itself
 
     def _aux(self, chosen: Choice, routes: Routes, ctx: Ctx) -> Aux:
-        """Loss ``balance``: E sum_e f_e p_e over this layer and batch, f the share of choices and p the mean probability over
-        valid tokens; 1 where choices are balanced, for any k (arXiv:2101.03961, eq. 4). Not linear in the batch."""
-        E, p = self.cfg.memories, chosen.probability
-        counts = routes.offsets.diff()[:E].to(p.dtype)
-        share = counts / counts.sum().clamp(min=1)
-        keep = torch.ones_like(p[..., 0]) if ctx.valid is None else ctx.valid.to(p.dtype)
-        keep = keep / keep.sum().clamp(min=1)
-        balance = E * (share * (p * keep[..., None]).sum(dim=(0, 1))).sum()
-        with torch.no_grad():
-            entropy = (torch.special.entr(p).sum(dim=-1) * keep).sum()
-            stats = {
-                "load": Stat(share),
-                "max_share": Stat(share.amax(), "max"),
-                "dead": Stat((counts == 0).sum().to(p.dtype)),  # memories that no token of the batch went to
-                "router_entropy": Stat(entropy),  # nats
-            }
-        return Aux({"balance": balance}, stats)
+        """Loss ``balance`` and stats of the memories to choose from (`models.routers.balance`)."""
+        return balance(chosen.probability, routes.offsets.diff()[: self.cfg.memories], ctx.valid)
 
     def loss_weights(self) -> dict[str, float]:
         return {"balance": self.cfg.balance_weight}
