@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.floors import Peaks, cell_floor
+from bench.gpu_layers import train_task
+from bench.gpu_scans import peak_bytes, ratio, rounds
 from bench.kernels import Case
 from models.channels.gmt import GMT, GMTConfig
+from models.channels.mlp import SwiGLU, SwiGLUConfig
 from models.types import Ctx, Site
 
 
@@ -24,9 +29,7 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
         cell = GMT(GMTConfig(slots=slots, width=slots, fidelity=fidelity), Site(d, norm="layernorm", slot="channel"))
         cell.reset_parameters(torch.Generator().manual_seed(0), 1)
         cell = cell.to(device).train()
-        tokens = torch.randint(257, (2, rows), device=device)
-        positions = torch.arange(rows, device=device).expand(2, -1)
-        ctx = Ctx(tokens, positions, None, None, torch.tensor(0.5, device=device), {}, {})
+        ctx = _context(2, rows, device)
         x = torch.randn(2, rows, d, device=device).requires_grad_()
         # The gradient of a bias that moves all slots alike is what is left of large numbers.
         learned = [p for name, p in cell.named_parameters() if name != "norm_slots.bias"]
@@ -42,6 +45,65 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
         )
         found.append(case)
     return found
+
+
+# -- on an accelerator
+
+
+def run(limits: Peaks, device: str, pairs: int, tiny: bool) -> tuple[list[dict[str, Any]], str]:
+    """The cell alone, as a model under autocast has it, beside its equations and beside a SwiGLU of 4 D."""
+    d, slots, tokens = (64, 16, 64) if tiny else (768, 128, 65536)
+    site, rows = Site(d, norm="layernorm", slot="channel"), []
+    forward, backward = (floor.seconds(limits) * 1e9 for floor in cell_floor(d, slots))
+    rival = SwiGLU(SwiGLUConfig(), site).to(device)
+    rival.reset_parameters(torch.Generator().manual_seed(0), 1)
+    for fidelity in ("paper", "corrected"):
+        cell = GMT(GMTConfig(slots=slots, width=slots, fidelity=fidelity), site)
+        cell.reset_parameters(torch.Generator().manual_seed(0), 1)
+        cell = cell.to(device).eval()
+        ctx = _context(1, tokens, device)
+        x = torch.randn(1, tokens, d, device=device).requires_grad_()
+
+        def plain(x: Tensor, cell: GMT = cell, ctx: Ctx = ctx) -> Tensor:
+            return as_it_stands(cell, ctx, x)[0]
+
+        def fused(x: Tensor, cell: GMT = cell, ctx: Ctx = ctx) -> Tensor:
+            hop = cell.hop(cell.norm(x).flatten(0, 1), cell.tables_of_slots(), cell.temperature(ctx.progress))
+            return hop.y.view_as(x)
+
+        tasks = {
+            "ours": train_task(fused, x, list(cell.parameters())),
+            "equations": train_task(plain, x, list(cell.parameters())),
+            "swiglu": train_task(lambda x, ctx=ctx: rival(x, ctx)[0], x, list(rival.parameters())),
+        }
+        seconds = rounds(tasks, pairs)
+        nanoseconds = statistics.median(seconds["ours"]) / tokens * 1e9
+        row: dict[str, Any] = {"cell": fidelity, "shape": f"{tokens}x{d}, F={slots}", "pairs": pairs}
+        row |= {"ns_per_token": nanoseconds, "of_floor": (forward + backward) / nanoseconds}
+        row |= {f"over_{name}": ratio(seconds, name) for name in ("equations", "swiglu")}
+        rows.append(row | {"peak_bytes": {name: peak_bytes(task, device) for name, task in tasks.items()}})
+    return rows, cell_table(rows)
+
+
+def cell_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| memory cell, forward + backward | shape | ns per token | of the physical limit | speed ours / equations "
+        "| ours / SwiGLU of 4 D | peak MiB, equations', SwiGLU's |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        peak = ", ".join("-" if b is None else f"{b / 2**20:.0f}" for b in r["peak_bytes"].values())
+        lines.append(
+            f"| {r['cell']} | {r['shape']} | {r['ns_per_token']:.2f} | {r['of_floor']:.1%} | {r['over_equations']:.2f} "
+            f"| {r['over_swiglu']:.2f} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def _context(batch: int, tokens: int, device: str) -> Ctx:
+    positions = torch.arange(tokens, device=device).expand(batch, -1)
+    ids = torch.randint(257, (batch, tokens), device=device)
+    return Ctx(ids, positions, None, None, torch.tensor(0.5, device=device), {}, {})
 
 
 def _run(form: Callable[..., tuple[Tensor, ...]], narrow: bool, cell: GMT, ctx: Ctx, x: Tensor, *_: Tensor) -> Any:

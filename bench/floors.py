@@ -51,6 +51,12 @@ def gla_floor(k: int, v: int, c: int) -> tuple[Floor, Floor]:
     return Floor(forward.flops, forward.bytes + 4 * (k - 1)), Floor(backward.flops, backward.bytes + 8 * (k - 1))
 
 
+def cell_floor(d: int, slots: int) -> tuple[Floor, Floor]:
+    """Of one token in a memory cell with F slots (`kernels.gmt_cell`): 2 F keys and F values of width D and the hop between them."""
+    flops = 2 * (3 * slots * d + slots * slots)
+    return Floor(flops, 4 * d), Floor(3 * flops, 8 * d)
+
+
 def decode_floor(k: int, v: int, itemsize: int = 4) -> Floor:
     """One token: the state is read and written."""
     return Floor(8 * k * v, 2 * itemsize * k * v)

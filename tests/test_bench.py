@@ -109,6 +109,16 @@ def test_layers_and_steps():
     assert "of copy bandwidth" in text
 
 
+def test_cells_beside_their_rivals():
+    rows, text = cells.run(LIMITS, "cpu", pairs=1, tiny=True)
+    assert [r["cell"] for r in rows] == ["paper", "corrected"]
+    assert all(r["of_floor"] > 0 and r["over_equations"] > 0 and r["over_swiglu"] > 0 for r in rows)
+    assert "of the physical limit" in text
+    forward, backward = floors.cell_floor(768, 128)
+    assert (forward.flops, forward.bytes) == (622_592, 3072)
+    assert (backward.flops, backward.bytes) == (3 * 622_592, 6144)
+
+
 @pytest.mark.parametrize("name", context.MIXERS)
 def test_context(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(context, "STEPS", 2)
@@ -135,6 +145,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ):
         assert word in text
     assert re.search(r"fla-core (is not here|\d)", text)
-    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 2 + 6 + 1 + 4
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 2 + 6 + 1 + 4 + 2
     assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
     assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
