@@ -22,8 +22,15 @@ class NaiveMoE:
         said = [self.token(row) for row in x]
         return torch.stack([y for y, _ in said]), [chosen for _, chosen in said]
 
+    def balance(self, x: Tensor) -> Tensor:
+        """E times the sum over experts of the share of choices that it gets and its mean share of a token's scores."""
+        scores = torch.stack([self.scores(self.normed(row)) for row in x])
+        mean = (scores / scores.sum(1, keepdim=True)).mean(0)
+        said = [e for row in x for e in self.token(row)[1]]
+        return sum((len(mean) * said.count(e) / len(said) * mean[e] for e in range(len(mean))), torch.zeros(()))
+
     def token(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        h = x / (x.square().mean() + self.eps).sqrt() * self.w["norm.weight"]
+        h = self.normed(x)
         s = self.scores(h)
         wanted = [float(v) for v in s.detach() + self.w.get("bias", torch.zeros(()))]
         chosen = sorted(range(len(s)), key=lambda e: (-wanted[e], e))[: self.cfg.top_k]
@@ -34,6 +41,9 @@ class NaiveMoE:
         if self.cfg.shared:
             y = y + feed_forward(h, self.w["common.up.weight"], self.w["common.down.weight"])
         return y, chosen
+
+    def normed(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean() + self.eps).sqrt() * self.w["norm.weight"]
 
     def scores(self, h: Tensor) -> Tensor:
         logits = self.w["router.weight"] @ h

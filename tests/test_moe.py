@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bias": {"experts": 5},
     "softmax-bias": {"experts": 4, "shared": 2, "score": "softmax", "scale": 2.5},
     "loss": {"experts": 4, "shared": 0, "score": "softmax", "balance": "loss"},
+    "sigmoid-loss": {"experts": 4, "balance": "loss"},
     "raw": {"experts": 6, "top_k": 3, "router_norm": "none", "balance": "none"},
     "one": {"experts": 3, "top_k": 1, "router_norm": "none"},
 }
@@ -61,9 +62,7 @@ def run(lm: LM, x: Tensor, **fields: Any) -> tuple[Tensor, Aux]:
 
 def chosen(lm: LM, x: Tensor) -> Tensor:
     """[B, T, k]."""
-    ctx, _, _ = lm.prepare(Batch(torch.zeros(x.shape[:2], dtype=torch.int64)), None)
-    part = experts(lm)
-    return part._choose(part.norm(x), ctx).index
+    return experts(lm)._choose(experts(lm).norm(x)).index
 
 
 def commit(part: MoE, counts: Any, step: int = 1) -> None:
@@ -82,7 +81,7 @@ def bias_of(part: MoE) -> Tensor:
 
 @EVERY_KIND
 def test_is_the_sum_over_the_experts_of_each_token(kind: str):
-    """Outputs, the choice, and gradients of the stream and every parameter, the router's included."""
+    """Outputs, the choice, the balance loss, and gradients of the stream and every parameter, the router's included."""
     lm, x = model(**KINDS[kind]).train(), stream(2, 9)
     part = experts(lm)
     if part.bias is not None:
@@ -92,16 +91,20 @@ def test_is_the_sum_over_the_experts_of_each_token(kind: str):
     y, aux = run(lm, x)
     expected, best = NaiveMoE(part)(x.flatten(0, 1))
     assert_close(y, expected.view_as(y), "forms")
+    ours, theirs = (y * wish).sum(), (expected.view_as(y) * wish).sum()
+    if part.cfg.balance == "loss":
+        balance = NaiveMoE(part).balance(x.flatten(0, 1))
+        assert_close(aux.losses["balance"], balance, "forms")
+        ours, theirs = ours + 3 * aux.losses["balance"], theirs + 3 * balance
     assert chosen(lm, x).flatten(0, 1).tolist() == best
     counts = torch.bincount(torch.tensor(best).flatten(), minlength=part.cfg.experts)
     assert_close(aux.stats["load"].value, counts.double() / (18 * part.cfg.top_k))
     if part.bias is not None:
         assert aux.writes["counts"].value.tolist() == counts.tolist()
     inputs = [x, *part.parameters()]
-    ours = torch.autograd.grad((y * wish).sum(), inputs)
-    theirs = torch.autograd.grad((expected.view_as(y) * wish).sum(), inputs)
+    grads = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True)
     names = ["x", *(n for n, _ in part.named_parameters())]
-    for name, mine, other in zip(names, ours, theirs, strict=True):
+    for name, (mine, other) in zip(names, grads, strict=True):
         assert other.abs().max() > 1e-4, f"{name}: nothing to compare"
         assert_close(mine, other, "gradient", what=name)
 
@@ -166,8 +169,7 @@ def test_no_choice_and_no_weight_is_lost_to_an_underflow(score: str):
         part.router.weight.zero_()
         part.router.weight[:, 0] = torch.tensor([-800.0, -200.0, -201.0, -400.0])
         x[..., 0], x[..., 1:] = 4.0, 0.0
-    ctx, _, _ = lm.prepare(Batch(torch.zeros(1, 3, dtype=torch.int64)), None)
-    found = part._choose(part.norm(x), ctx)
+    found = part._choose(part.norm(x))
     assert found.index.eq(torch.tensor([1, 2])).all()
     assert_close(found.weight.sum(-1), torch.ones(1, 3), "same", torch.float32)
     x.requires_grad_()
@@ -309,15 +311,14 @@ def test_the_load_is_in_fp32_under_autocast_and_in_bf16():
     """Router and balance loss see full precision: the choice of a bf16 model is that of its weights in fp32."""
     lm, x = model(torch.float32, experts=8, balance="loss").to(torch.bfloat16), stream(2, 200).bfloat16()
     part = experts(lm)
-    ctx, _, _ = lm.prepare(Batch(torch.zeros(2, 200, dtype=torch.int64)), None)
     h = part.norm(x)
-    found = part._choose(h, ctx)
+    found = part._choose(h)
     logits = h.float() @ part.router.weight.float().T
     assert found.index.equal(logits.sort(dim=-1, descending=True, stable=True).indices[..., :2])
     assert {found.weight.dtype, found.probability.dtype, run(lm, x)[1].losses["balance"].dtype} == {torch.float32}
     part.float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert part._choose(h.float(), ctx).index.equal(found.index)
+        assert part._choose(h.float()).index.equal(found.index)
         assert run(lm, x.float())[0].dtype == torch.bfloat16
 
 

@@ -102,7 +102,7 @@ class Choice(NamedTuple):
 
     probability: Tensor  # [B, T, E], scores divided by their sum over all experts
     index: Tensor  # int64 [B, T, k], distinct in a token
-    weight: Tensor  # [B, T, k], 0 for invalid tokens
+    weight: Tensor  # [B, T, k]
 
 
 class MoE(Part):
@@ -124,7 +124,7 @@ class MoE(Part):
         self, x: Tensor, ctx: Ctx, state: State | None = None, donate: bool = False
     ) -> tuple[Tensor, State | None, Aux]:
         h = self.norm(x)
-        chosen = self._choose(h, ctx)
+        chosen = self._choose(h)
         routes = self._route(chosen, ctx)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
@@ -137,7 +137,7 @@ class MoE(Part):
 
     # -- which experts a token goes to, and what they say
 
-    def _choose(self, h: Tensor, ctx: Ctx) -> Choice:
+    def _choose(self, h: Tensor) -> Choice:
         """h [B, T, D] -> the choice. Of equal scores the expert with the lower number is taken. Without a bias the largest logits
         are chosen, since scores of different logits may have rounded to the same number; weights come from logarithms of scores,
         which do not underflow."""
@@ -147,8 +147,6 @@ class MoE(Part):
         index = wanted.sort(dim=-1, descending=True, stable=True).indices[..., : self.cfg.top_k]
         weight = log_score.gather(-1, index)
         weight = self.cfg.scale * (weight.softmax(dim=-1) if self.cfg.router_norm == "topk" else weight.exp())
-        if ctx.valid is not None:
-            weight = weight.masked_fill(~ctx.valid[..., None], 0.0)
         return Choice(log_score.softmax(dim=-1), index, weight)
 
     def _route(self, chosen: Choice, ctx: Ctx) -> Routes:
@@ -157,7 +155,7 @@ class MoE(Part):
         return route(chosen.index.flatten(0, 1)[None], self.cfg.experts, valid=valid)
 
     def _experts(self, h: Tensor, weight: Tensor, routes: Routes) -> Tensor:
-        """h [B, T, D], weight [B, T, k] -> [B, T, D]."""
+        """h [B, T, D], weight [B, T, k] -> [B, T, D]; invalid tokens, whose rows belong to no expert, get zeros."""
         rows = spread(h.flatten(0, 1)[None], routes)
         rows = swiglu(grouped_linear(rows, self.up, routes.offsets))
         rows = grouped_linear(rows, self.down, routes.offsets)
