@@ -219,7 +219,7 @@ def test_bad_options_are_refused():
 
 
 def vocabulary() -> str:
-    """Byte-level tokens, one special that spells a word of the vocabulary once lowered, and one unused id."""
+    """Byte-level tokens, one special that spells a word of the vocabulary once lowered, and two unused ids."""
     words = ["the", "The", "Ġthe", "ĠTHE", "é", "Ã©", "e", "Ġ", "ĠĠ", "Ċ", "Ã", "ã", "cat", "ï¬ģ", "fi"]
     words += [
         "ł",
@@ -228,7 +228,7 @@ def vocabulary() -> str:
         "Ìģ",
     ]  # byte A0 and the letter of its name; two accents alone, which normalise to nothing
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    tok = tokenizers.Tokenizer(models.WordLevel({**vocab, "last": len(vocab) + 1}, unk_token="the"))
+    tok = tokenizers.Tokenizer(models.WordLevel({**vocab, "last": len(vocab) + 3}, unk_token="the"))
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens(["Cat"])
     return tok.to_str()
