@@ -70,10 +70,34 @@ def ratio_table() -> str:
     return "\n".join(lines)
 
 
+def question_table(name: str) -> str:
+    """What `ablate.py` found by its first metric, a line per variant, and in words."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    first = found["results"][0]["metric"]
+    lines = [
+        f"| `ablate.py configs/ablations/{name}.py` | parameters | FLOPs per token | {first} | difference to {found['baseline']} |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for r in (r for r in found["results"] if r["metric"] == first):
+        cost, c = found["costs"][r["variant"]], r["comparison"]
+        value = f"{r['mean']:.3f} ± {r['sd']:.3f} (n={r['n']})"
+        difference = f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" if c else ""
+        lines.append(
+            f"| {r['variant']} | {cost['params']:,} | {cost['flops_per_token']:,.0f} | {value} | {difference} |"
+        )
+    said = [r["sentence"] for r in found["results"] if r["metric"] == first and r["sentence"]]
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said)])
+
+
 def render(text: str) -> str:
     """The README with its tables replaced."""
-    tables = f"{BEGIN}\n{quickstart_table()}\n\n{ratio_table()}\n{END}"
-    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: tables, text, flags=re.DOTALL)
+    for begin, end, tables in (
+        (BEGIN, END, f"{quickstart_table()}\n\n{ratio_table()}"),
+        (*(f"<!-- gmt_vs_dense: {word} -->" for word in ("begin", "end")), question_table("gmt_vs_dense")),
+    ):
+        whole = f"{begin}\n{tables}\n{end}"
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, whole=whole: whole, text, flags=re.DOTALL)
+    return text
 
 
 def update(run: Path | None) -> None:

@@ -72,7 +72,9 @@ class GMTConfig:
     temperature: float | None = None
     temperature_start: float = 1.0
     temperature_end: float = 0.1
-    usage_momentum: float | None = None  # default: 0.99 per micro-batch, or what 33 of these (the published run) make of it per step
+    usage_momentum: float | None = (
+        None  # default: 0.99 per micro-batch, or what 33 of these (the published run) make of it per step
+    )
     maintenance_every: int = 110  # steps between looks for dead and double slots; 0: never
     dead_below: float = 1e-3  # usage
     merge_above: float = 0.95  # cosine of two slots
