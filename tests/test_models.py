@@ -98,7 +98,7 @@ def test_gpt2_is_gpt2():
         ),
         (
             {"blocks": {"a": {"channel": {"hidden": 3}}}},
-            "model.blocks.a.channel: missing 'kind'; valid: gelu, relu2, swiglu",
+            "model.blocks.a.channel: missing 'kind'; valid: gelu, gmt, moe, relu2, structured_ffn, swiglu",
         ),
         ({"blocks": {"a": {"channel": "swiglu"}}}, "expected a mapping with a kind, got 'swiglu'"),
         ({"blocks": {}}, "model: blocks: at least one named block is needed"),

@@ -136,7 +136,7 @@ def backward(
     along = torch.linalg.vecdot(d_cosine, cosine).mul_(inverse).mul_(inverse)[:, None]
     d_logits[:, :f] = d_cosine.mul_(inverse[:, None])
 
-    dx = torch.addmm(x * -along, d_logits, torch.cat([directions, scores]))
+    dx = (d_logits @ torch.cat([directions, scores])).addcmul_(x, along, value=-1)
     d_tables = d_logits.T @ x
     found = [
         dx,
