@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -272,7 +273,7 @@ def test_micro_batches_commit_what_one_batch_does():
 
 # -- whole runs
 
-RUN = {
+RUN: dict[str, Any] = {
     **PLAIN,
     "norm": "layernorm",
     "blocks": {
@@ -299,23 +300,25 @@ RUN = {
 @pytest.mark.slow
 def test_two_ranks_are_one(tmp_path: Path):
     """Model memory too, through dead and doubled slots; and all ranks hold the same bytes."""
-    steps = {"steps": 12, "val_every": 12, "save_every": 3, "sample_every": -1, "keep": 8}
-    config = write_config(tmp_path, RUN, train=steps, data={"packing": "stream"})
+    steps = {"steps": 20, "val_every": 20, "save_every": 5, "sample_every": -1, "keep": 8}
+    # Cooling to 0.1 within 20 steps makes routing so steep that rounding grows threefold a step.
+    mild = copy.deepcopy(RUN)
+    mild["blocks"]["only"]["channel"]["temperature_end"] = 0.5
+    config = write_config(tmp_path, mild, train=steps, data={"packing": "stream"})
     one, two = watch(tmp_path / "1", config, "name=one"), watch(tmp_path / "2", config, "name=two", ranks=2)
     for rank in two.ranks:
         for name, (value, key) in one.ranks[0]["writes"][0].items():
             mine, lots = rank["writes"][0][name]
             assert rel_err(mine, value) < 1e-5, name
             assert key is None or torch.equal(lots, key)
-    # Through two commits with maintenance; later a token between two slots has counted for one here and for the other there.
-    assert losses(two.run)[:7] == pytest.approx(losses(one.run)[:7], rel=1e-5)
-    for step in (3, 6):
+    assert losses(two.run) == pytest.approx(losses(one.run), rel=2e-5)
+    for step in (5, 10, 15, 20):
         ours, theirs = tensors(two.run, step), tensors(one.run, step)
         for name in (n for n in theirs if n.endswith((".slots", ".usage", ".age"))):
             assert rel_err(ours[name], theirs[name]) < 1e-4, (step, name)
     assert all(len({r["state"][i][1] for r in two.ranks}) == 1 for i in range(4)), "ranks hold different bytes"
-    ages = [t for step in (3, 6) for n, t in tensors(one.run, step).items() if n.endswith(".age")]
-    assert any((age < 3).any() for age in ages), "no slot ever started again"
+    ages = [t for n, t in tensors(one.run, 20).items() if n.endswith(".age")]
+    assert any((age < 20).any() for age in ages), "no slot ever started again"
 
 
 @pytest.mark.slow
