@@ -15,7 +15,7 @@ Cell = dict[str, Tensor | None]
 
 
 def cell(n: int, d: int, f: int, log: bool = True, norm: bool = True, device: torch.device | str = "cpu") -> Cell:
-    """In fp64. The first token stands on a slot, within the floor."""
+    """In fp64. The first token stands on a slot, within the floor, and so warm that its weight there is far from 1."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
@@ -33,7 +33,7 @@ def cell(n: int, d: int, f: int, log: bool = True, norm: bool = True, device: to
         "gram": centred @ centred.T if norm else None,
         "bias": randn(d) if norm else None,
         "edge_scale": torch.tensor(0.7, dtype=torch.float64) if log else None,
-        "temperature": torch.tensor(0.4, dtype=torch.float64),
+        "temperature": torch.tensor(4.0, dtype=torch.float64),
     }
     return {name: None if t is None else t.to(device) for name, t in found.items()}
 
