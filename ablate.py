@@ -39,6 +39,7 @@ from models import UserError, zoo
 from models.errors import guard
 from models.folder import checkpoints
 from models.parsing import to_dict
+from training.runfolder import write_whole
 from training.runlog import clock
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
@@ -169,7 +170,7 @@ class Child:
             status = {"ended": "stopped"}
         else:
             status = {"ended": "failed", "error": _last_words(self.run.note("log"), code)}
-        _replace(self.run.note("json"), json.dumps(status | {"code": code}))
+        write_whole(self.run.note("json"), json.dumps(status | {"code": code}))
         step, steps = self.run.step(), self.run.config.train.steps
         took = clock(time.monotonic() - self.began)
         why = f": {status['error']}; all of it in {self.run.note('log')}" if "error" in status else ""
@@ -213,12 +214,6 @@ def _last_words(log: Path, code: int) -> str:
     _, *lines = [line.strip() for line in newest.splitlines() if line.strip()]  # the first is its command
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"exit code {code}, without a word"])[-1]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 # -- around them

@@ -52,20 +52,15 @@ from training.parallel import (
     sync_gradients,
     world,
 )
-from training.runlog import (
-    Meter,
-    RunLog,
-    StopSignal,
-    Trace,
-    check_loggers,
+from training.runfolder import (
     new_run_folder,
-    peak_flops,
     write_config,
     write_description,
     write_environment,
     write_finished,
     write_outcome,
 )
+from training.runlog import Meter, RunLog, StopSignal, Trace, check_loggers, peak_flops
 
 
 def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) -> tuple[Path, bool]:

@@ -30,7 +30,7 @@ from bench import (
 from bench import compile as ahead
 from kernels.compilation import GATED, TARGETS
 from models.errors import UserError, guard
-from training.runlog import environment
+from training.runfolder import environment
 
 
 def run_train(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:

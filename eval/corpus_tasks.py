@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from data.corpus import Corpus, open_corpus
 from data.tokenizer import Tokenizer
 from models import UserError
+from training.runfolder import write_whole
 
 NAMES = ("corpus", "corpus_ppl", "corpus_choice")
 TEMPLATES = Path(__file__).parent / "tasks"
@@ -45,7 +45,7 @@ def corpus_tasks(run: Path) -> Path:
     _lines(folder / "corpus_ppl.jsonl", pages)
     _lines(folder / "corpus_choice.jsonl", items)
     _write_yamls(folder)
-    _replace(folder / "made_from.json", json.dumps(mark))
+    write_whole(folder / "made_from.json", json.dumps(mark))
     return folder
 
 
@@ -129,20 +129,11 @@ def _write_yamls(folder: Path) -> None:
             data = str((folder / f"{task['task']}.jsonl").resolve())
             cache = str((folder.parent / "cache" / "datasets").resolve())
             task["dataset_kwargs"] = {"data_files": {"test": data}, "cache_dir": cache}
-        _replace(folder / template.name, yaml.safe_dump(task, sort_keys=False))
+        write_whole(folder / template.name, yaml.safe_dump(task, sort_keys=False))
 
 
 def _lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ import torch
 
 from configs.schema import LogConfig
 from models import UserError
-from training import runlog
-from training.runlog import Meter, RunLog, StopSignal, new_run_folder, peak_flops, write_environment
+from training import runfolder, runlog
+from training.runfolder import new_run_folder, write_environment
+from training.runlog import Meter, RunLog, StopSignal, peak_flops
 
 
 def make_log(run: Path, start: int = 0, total: int = 10) -> RunLog:
@@ -101,8 +102,8 @@ def test_environment_keeps_those_before(tmp_path: Path, monkeypatch: pytest.Monk
     for i in range(3):
         monkeypatch.setattr("sys.argv", ["train.py", str(i)])
         write_environment(tmp_path)
-    runlog.write_outcome(tmp_path, torch.device("cpu"))
-    runlog.write_finished(tmp_path)
+    runfolder.write_outcome(tmp_path, torch.device("cpu"))
+    runfolder.write_finished(tmp_path)
     found = json.loads((tmp_path / "environment.json").read_text())
     assert found["command"][1] == "2"
     assert [e["command"][1] for e in found["earlier"]] == ["0", "1"]

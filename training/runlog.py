@@ -1,29 +1,24 @@
-"""The run folder: everything that explains a run, and what a person sees while it goes on."""
+"""What a run says while it goes on, and how it is stopped and looked into."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from kernels import dispatch
 from models.errors import UserError
+from training.runfolder import write_whole
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is only printed for these.
 PEAK_FLOPS = {
@@ -32,136 +27,6 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
-PACKAGES = ("torch", "triton", "numpy", "tokenizers", "transformers", "datasets", "lm-eval", "einops", "safetensors")
-
-
-def new_run_folder(out_dir: str, name: str) -> Path:
-    """``out_dir/name``, or with a number behind it when that is taken: a fresh start never touches an older run."""
-    base = Path(out_dir) / (name or "run")
-    for i in itertools.count(1):
-        path = base if i == 1 else base.with_name(f"{base.name}-{i}")
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from error
-    raise AssertionError
-
-
-def write_description(run: Path, config: dict[str, Any], summary: str, corpus: dict[str, Any]) -> None:
-    """config.yaml, summary.txt, data.json and environment.json: what a run is, written when it starts."""
-    _replace(run / "summary.txt", summary + "\n")
-    _replace(run / "data.json", json.dumps(corpus, indent=1))
-    write_config(run, config)
-    write_environment(run)
-
-
-def write_config(run: Path, config: dict[str, Any]) -> None:
-    """The resolved config; again when a resumed run changes what it may."""
-    _replace(run / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-
-def write_environment(run: Path) -> None:
-    """Versions, commit, uncommitted changes and machine of this process; those of earlier processes stay as a list."""
-    path = run / "environment.json"
-    before = _read(path)
-    earlier = [*before.pop("earlier", []), before] if before else []
-    _replace(path, json.dumps(environment() | {"kernels": _kernels(), "earlier": earlier}, indent=1))
-    diff = _git("diff", "HEAD")
-    if diff:
-        _replace(run / f"source{len(earlier) + 1 if earlier else ''}.diff", diff + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Command, versions, commit and machine of this process."""
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-    }
-
-
-def write_outcome(run: Path, device: torch.device) -> None:
-    """Which kernels ran and why, and the most memory that this process needed, once that is known."""
-    _add_to_environment(run, kernels=_kernels(), peak_memory_bytes=_peak_memory(device))
-
-
-def write_finished(run: Path) -> None:
-    """Mark a run whose last step is done and judged."""
-    _add_to_environment(run, finished=True)
-
-
-def _add_to_environment(run: Path, **facts: Any) -> None:
-    path = run / "environment.json"
-    _replace(path, json.dumps({**_read(path), **facts}, indent=1))
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes: of tensors on a GPU, of the whole process on a CPU; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _kernels() -> dict[str, Any]:
-    return {"setting": dispatch.setting(), "ran": dispatch.report()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises UserError when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _git(*args: str) -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    try:
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "cpu"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
@@ -199,12 +64,12 @@ class RunLog:
         """A killed run may have logged steps that its last checkpoint does not hold; they will be logged again."""
         if self.path.exists():
             lines = [x for x in self.path.read_text().splitlines() if _step_of(x) <= step]
-            _replace(self.path, "".join(line + "\n" for line in lines))
+            write_whole(self.path, "".join(line + "\n" for line in lines))
         samples = self.run / "samples.txt"
         if samples.exists():
             parts = re.split(r"^(?==== step \d+$)", samples.read_text(), flags=re.MULTILINE)
             headed = ((re.match(r"=== step (\d+)\n", p), p) for p in parts)
-            _replace(samples, "".join(p for head, p in headed if head and int(head[1]) <= step))
+            write_whole(samples, "".join(p for head, p in headed if head and int(head[1]) <= step))
 
     def _bar(self) -> Any:
         from tqdm import tqdm

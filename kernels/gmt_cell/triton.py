@@ -98,11 +98,11 @@ def backward(
         grid = (triton.cdiv(d, constants["BD"]), triton.cdiv(n, constants["BT"]))
         launch = token_gradient[grid]
         launch(d_logits, table, x, along, dx, n, **constants)
-    d_tables, d_gram = _product(d_logits, x), None
+    d_tables, d_gram = d_logits.T @ x, None
     if gram is not None:
         d_gram = ((scaled * radial[:, None]).T @ (target - source)) * -0.5
-    d_edges = _product(source.to(d_hop.dtype), d_hop)
-    d_values = _product(scaled, dy)
+    d_edges = source.to(d_hop.dtype).T @ d_hop
+    d_values = scaled.T @ dy
     found = [dx, d_tables[:f].clone(), d_tables[f:].clone(), d_edges, d_values, d_gram, None, None, None]
     if bias is not None:
         found[6] = dy.sum(0, dtype=torch.float32)
@@ -119,11 +119,6 @@ def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """-> (t in this dtype, what that leaves out, in this dtype too; None for fp32)."""
     near = t.to(dtype).contiguous()
     return near, None if dtype == torch.float32 else (t.float() - near.float()).to(dtype).contiguous()
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, I], b [N, J] -> a^T b."""
-    return a.T @ b
 
 
 def _forward_constants(width: int, slots: int, dtype: torch.dtype, log: bool, norm: bool, bias: bool) -> dict[str, Any]:
