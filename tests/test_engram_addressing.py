@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from torch import Tensor
 
 from models.errors import UserError
-from models.memories.engram_addressing import DEAD, EngramAddressing, draw_multipliers, latched, table_primes, windows
+from models.memories.engram_addressing import DEAD, EngramAddressing, draw_multipliers, table_primes
 from models.memories.engram_compression import compress, identity
 from models.types import Ctx, segment_ids
 
@@ -131,11 +131,6 @@ def test_a_layer_hashes_by_its_key():
 # -- reach
 
 
-def test_a_farther_token_is_out_of_reach_behind_a_dead_one():
-    window = torch.tensor([[7, 8, 9], [7, DEAD, 9], [DEAD, 8, 9], [7, 8, DEAD]])
-    assert latched(window, 0).tolist() == [[7, 8, 9], [7, 0, 0], [0, 0, 0], [7, 8, 0]]
-
-
 @pytest.mark.parametrize("cuts", [[1, 2, 3, 4, 5, 6, 7, 8, 9], [4], [1, 8], []])
 def test_any_split_gives_the_same_rows(cuts: list[int]):
     """Invalid tokens among the others too; the lookback at the end is that of the whole."""
@@ -168,18 +163,6 @@ def test_rows_depend_on_the_last_tokens_only():
     other[0, 2] = 18
     same = (rows(module, TOKENS) == rows(module, other)).all(dim=-1)[0]
     assert same.tolist() == [True, True, False, False, False, True]
-
-
-def test_windows_against_a_loop():
-    generator = torch.Generator().manual_seed(2)
-    ids, valid = torch.randint(0, 9, (4, 12), generator=generator), torch.rand(4, 12, generator=generator) < 0.8
-    segments = (torch.rand(4, 12, generator=generator) < 0.3).long().cumsum(dim=1)
-    found, _ = windows(ids, torch.full((4, 2), DEAD), valid, segments)
-    for b in range(4):
-        for t in range(12):
-            seen = [s for s in range(t + 1) if valid[b, s] and segments[b, s] == segments[b, t]][::-1]
-            expected = ([int(ids[b, s]) for s in seen[:3]] + [DEAD] * 3)[:3] if valid[b, t] else [DEAD] * 3
-            assert found[b, t].tolist() == expected
 
 
 # -- saved models

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.ngram_gather import DEAD, ngram_rows
 from models.errors import UserError
 from models.memories.engram_compression import Compression
 from models.rows import Addressing
 from models.types import Ctx, State
-
-DEAD = -1  # a lookback that is not there: before the document, or not a token
 
 
 def table_primes(layers: int, bases: Sequence[int], heads: int) -> list[list[list[int]]]:
@@ -50,25 +49,6 @@ def draw_multipliers(classes: int, max_order: int, key: int, seed: int = 0) -> l
     bound = max(1, (2**63 - 1) // classes // 2)
     drawn = np.random.default_rng(seed + 10007 * key).integers(0, bound, size=max_order, dtype=np.int64)
     return [2 * int(r) + 1 for r in drawn]
-
-
-def latched(window: Tensor, pad: int) -> Tensor:
-    """window [..., N] of canonical ids, the current one first -> the same, PAD from the first DEAD one on."""
-    alive = (window != DEAD).long().cumprod(dim=-1).bool()
-    return torch.where(alive, window, pad)
-
-
-def ngram_rows(window: Tensor, multipliers: Tensor, primes: Tensor, offsets: Tensor) -> Tensor:
-    """window [B, T, N] (latched), multipliers [N], primes and offsets [N-1, K] -> rows [B, T, (N-1) K], orders ascending.
-
-    mix_n = (v_0 m_0) ^ ... ^ (v_{n-1} m_{n-1}); row = mix_n mod p_{n,k} + offset_{n,k}.
-    """
-    products = window * multipliers
-    mix, rows = products[..., 0], []
-    for order in range(2, window.shape[-1] + 1):
-        mix = mix ^ products[..., order - 1]
-        rows.append(mix[..., None] % primes[order - 2] + offsets[order - 2])
-    return torch.cat(rows, dim=-1)
 
 
 class EngramAddressing(Addressing):
@@ -136,13 +116,19 @@ class EngramAddressing(Addressing):
         host, and DEAD on a device: it and all before it are out of reach."""
         ids = self._canonical_ids(ctx)
         history = self.init_state(len(ids), ids.device) if lookback is None else lookback
-        window, newest = windows(ids, history, ctx.valid, ctx.shared.get("segments"))
-        window = latched(window, self.pad)
-        rows = {
-            str(key): ngram_rows(window, self.multipliers[i], self.primes[i], self.offsets[i])
-            for i, key in enumerate(self.keys)
-        }
-        return rows, None if lookback is None else newest
+        rows, newest = ngram_rows(
+            ids,
+            history,
+            self.multipliers,
+            self.primes,
+            self.offsets,
+            classes=self.compression.classes,
+            pad=self.pad,
+            segments=ctx.shared.get("segments"),
+            valid=ctx.valid,
+        )
+        by_layer = {str(key): rows[i] for i, key in enumerate(self.keys)}
+        return by_layer, None if lookback is None else newest
 
     def _canonical_ids(self, ctx: Ctx) -> Tensor:
         tokens, vocab = ctx.tokens, len(self.canonical)
@@ -152,30 +138,3 @@ class EngramAddressing(Addressing):
             if wrong.any():
                 raise UserError(f"engram: token {int(tokens[wrong][0])} is outside the vocabulary of {vocab}")
         return torch.where(known, self.canonical[torch.where(known, tokens, 0)].long(), DEAD)
-
-
-def windows(ids: Tensor, history: Tensor, valid: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """ids [B, T], history [B, N-1] oldest first -> (ids at lookbacks 0..N-1 [B, T, N], new history).
-
-    Lookbacks count valid tokens only; those in another segment (document) are DEAD, and so is all of an invalid token.
-    """
-    T, back = ids.shape[1], history.shape[1]
-    if valid is None:
-        valid = torch.ones_like(ids, dtype=torch.bool)
-    order = torch.argsort(~valid, dim=1, stable=True)  # the valid tokens, then the others
-    line = torch.cat((history, ids.gather(1, order)), dim=1)
-    rank = valid.long().cumsum(dim=1)
-    lookback = torch.arange(back + 1, device=ids.device)
-    index = (rank[..., None] + back - 1 - lookback).clamp(min=0)  # below 0 only where no valid token came yet
-    there = valid[..., None]
-    if segments is not None:
-        home = torch.cat((torch.full_like(history, -1), segments.gather(1, order)), dim=1)
-        there = there & (_take(home, index) == segments[..., None])
-    window = torch.where(there, _take(line, index), DEAD)
-    kept = rank[:, T - 1 :] + torch.arange(back, device=ids.device)
-    return window, line.gather(1, kept)
-
-
-def _take(line: Tensor, index: Tensor) -> Tensor:
-    """line [B, R], index [B, T, N] -> [B, T, N]."""
-    return line.gather(1, index.flatten(1)).view_as(index)
