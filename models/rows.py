@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels.row_update import sum_rows
 from models.types import Ctx, ParamMeta, State
 
 
@@ -30,64 +32,75 @@ class Addressing(nn.Module):
 class RowStore:
     """Rows [R, W] outside the parameters. ``fetch`` is differentiable: its backward collects row gradients in the store.
 
-    A subclass implements ``read`` and ``step``; this base collects, de-duplicates and scales gradients. Sums over repeated
-    rows are deterministic: addresses are sorted stably and added in the order of the forward.
+    A subclass implements what holds and changes rows; this base collects gradients and adds those of repeated rows, in the
+    order of the forwards and in at least fp32, so that they are the same to the bit from run to run. `models.stores` has
+    the stores that follow a config.
     """
 
     def __init__(self, rows: int, width: int, meta: ParamMeta | None = None) -> None:
         self.rows, self.width = rows, width
         self.meta = meta or ParamMeta(role="table", decay=False, optimizer="adamw")
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []  # as the backwards gave them
+        self._summed: tuple[Tensor, Tensor] | None = None
 
     # -- what a store must provide
 
     def read(self, rows: Tensor) -> Tensor:
-        """rows [...] int64 -> values [..., W]."""
+        """rows [...] int64 -> values [..., W]. A store may still be at it when this returns: see `wait`."""
         raise NotImplementedError
 
     def reset(self, generator: torch.Generator) -> None:
+        """Complete initialisation, moments included."""
         raise NotImplementedError
 
-    def step(self, rows: Tensor, grad: Tensor, lr: float, beta1: float, beta2: float, eps: float, step: int) -> None:
-        """One optimizer update of the touched rows [U] (unique, sorted) with their gradient [U, W] in fp32."""
+    def step(self, rows: Tensor, grad: Tensor, lr: float, beta1: float, beta2: float, eps: float) -> None:
+        """One optimizer update with the gradient [U, W] of the rows [U], which are distinct and sorted."""
         raise NotImplementedError
 
     def zero_moments(self, rows: Tensor) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold: the rows and the optimizer's moments."""
+        """Everything a checkpoint must hold: the rows (``values``) and the optimizer's moments; not copies."""
         raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         raise NotImplementedError
 
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the module that owns the store to another device or dtype (its ``_apply``)."""
+        raise NotImplementedError
+
     # -- shared
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """``read`` that remembers where gradients go."""
+        """``read`` that remembers where gradients go. Early in a forward it is a prefetch; the reader calls `wait`."""
         if not torch.is_grad_enabled():
             return self.read(rows)
         anchor = torch.zeros((), device=rows.device, requires_grad=True)
         return _Fetch.apply(anchor, self, rows)
 
+    def wait(self, values: Tensor) -> Tensor:
+        """What `fetch` returned, safe to use: a store that reads in the background makes its reader wait here."""
+        return values
+
     def collect(self, rows: Tensor, grad: Tensor) -> None:
-        self._pending.append((rows.detach().reshape(-1), grad.detach().reshape(-1, self.width).float()))
+        self._pending.append((rows.detach().reshape(-1), grad.detach().reshape(-1, self.width)))
 
     def take_grad(self) -> tuple[Tensor, Tensor] | None:
-        """-> (unique rows [U], summed gradient [U, W]) since the last call to ``clear_grad``; None when nothing was fetched."""
-        if not self._pending:
-            return None
-        rows = torch.cat([r for r, _ in self._pending])
-        grad = torch.cat([g for _, g in self._pending])
-        self._pending = [sum_rows(rows, grad)]
-        return self._pending[0]
+        """-> (distinct sorted rows [U], summed gradient [U, W]) since `clear_grad`, not a copy; None when nothing was fetched."""
+        if self._pending:
+            parts = [*([self._summed] if self._summed else []), *self._pending]
+            rows, grad = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
+            self.set_grad(*sum_rows(rows, grad))
+        return self._summed
 
     def set_grad(self, rows: Tensor, grad: Tensor) -> None:
-        self._pending = [(rows, grad)]
+        """Replace all gradients; the rows must be distinct and sorted."""
+        self._pending, self._summed = [], (rows, grad)
 
     def clear_grad(self) -> None:
-        self._pending = []
+        self._pending, self._summed = [], None
 
 
 class _Fetch(torch.autograd.Function):
@@ -102,10 +115,3 @@ class _Fetch(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         ctx.store.collect(rows, grad)
         return torch.zeros((), device=rows.device), None, None
-
-
-def sum_rows(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [R], grad [R, W] -> (unique sorted rows [U], sums [U, W]); duplicates are added in a fixed order, in fp32."""
-    order = torch.argsort(rows, stable=True)
-    unique, counts = torch.unique_consecutive(rows[order], return_counts=True)
-    return unique, torch.segment_reduce(grad[order].float(), "sum", lengths=counts, axis=0)

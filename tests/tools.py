@@ -92,7 +92,7 @@ def gradients(model: LM) -> dict[str, Tensor]:
         taken = table.take_grad()
         if taken is not None:
             rows, grad = taken
-            found[name] = torch.zeros(table.rows, table.width).index_copy(0, rows, grad)
+            found[name] = grad.new_zeros(table.rows, table.width).index_copy(0, rows, grad)
         table.clear_grad()
     model.zero_grad()
     return found
@@ -101,7 +101,7 @@ def gradients(model: LM) -> dict[str, Tensor]:
 def assert_same_gradients(out: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
     assert out.keys() == ref.keys()
     for name, grad in ref.items():
-        assert_close(out[name], grad, "gradient", grad.dtype, name)  # row stores collect theirs in fp32
+        assert_close(out[name], grad, "gradient", grad.dtype, name)
 
 
 # -- poison

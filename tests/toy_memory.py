@@ -33,7 +33,7 @@ class ToyTable(RowStore):
             t.zero_()
 
     @torch.no_grad()
-    def step(self, rows: Tensor, grad: Tensor, lr: float, beta1: float, beta2: float, eps: float, step: int) -> None:
+    def step(self, rows: Tensor, grad: Tensor, lr: float, beta1: float, beta2: float, eps: float) -> None:
         grad = grad.to(self.values.dtype)
         self.steps[rows] += 1
         n = self.steps[rows][:, None].to(grad.dtype)

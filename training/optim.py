@@ -166,7 +166,7 @@ class Optimizer:
             grad = table.take_grad()
             if grad is not None:
                 lr = self.base_lr * table.meta.lr_mult
-                table.step(*grad, lr, self.cfg.betas[0], self.cfg.betas[1], self.cfg.eps, self.table_steps)
+                table.step(*grad, lr, self.cfg.betas[0], self.cfg.betas[1], self.cfg.eps)
 
     def zero_rows(self, resets: Iterable[RowReset]) -> None:
         """Forget the moments of rows that were replaced, so that old gradients do not pull on new values."""

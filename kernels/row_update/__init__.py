@@ -1,0 +1,66 @@
+"""What a table does with its gradient: gradients of repeated rows are added, then the touched rows and their moments change.
+
+    sum_rows:    G_u = sum of g_i over i with r_i = u, in at least fp32, in the order of the list
+    row_update:  m <- b1 m + (1 - b1) G,   v <- b2 v + (1 - b2) G^2,   s <- s + 1
+                 w <- w - lr m / (1 - b1^s) / (sqrt(v / (1 - b2^s)) + eps)
+
+Every row counts its own steps s. ``lazy_adam`` (arXiv:1412.6980 on the touched rows alone) keeps m and v per entry; ``rowwise``
+keeps one v per row, of the mean square of the row's gradient, and no m (b1 = 0): 8 bytes a row. No number of a row depends on
+other rows or on where the row stands in an array, so that the bits are the same whoever holds the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.row_update import reference
+
+RULES = ("lazy_adam", "rowwise")
+
+
+class Hyper(NamedTuple):
+    """Of one update."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+def sum_rows(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [n] int64, grad [n, W] -> (the distinct rows, sorted [U]; their sums [U, W] in at least fp32).
+
+    Equal to the bit from run to run: the sort is stable and sums go in its order.
+    """
+    if rows.ndim != 1 or grad.ndim != 2 or len(rows) != len(grad):
+        raise ValueError(f"expected rows [n] and grad [n, W], got {list(rows.shape)} and {list(grad.shape)}")
+    dispatch.choose("sum_rows", rows.device, None)
+    return reference.sum_rows(rows, grad)
+
+
+@torch.no_grad()
+def row_update(
+    values: Tensor, moments: Sequence[Tensor], rows: Tensor | None, grad: Tensor, rule: str, hyper: Hyper
+) -> None:
+    """One step of ``rule``, in place: values [R, W], grad [U, W], rows [U] int64, distinct; None: grad is of all rows (U = R).
+
+    ``moments``: m, v [R, W] and steps int32 [R] of ``lazy_adam``; v [R] and steps of ``rowwise``. Raises ValueError for another
+    rule, for shapes that do not fit and for tables below fp32, where steps smaller than half a last bit would be lost.
+    """
+    R, W = values.shape
+    if rule not in RULES:
+        raise ValueError(f"unknown rule '{rule}'; valid: {', '.join(RULES)}")
+    wide = [(R, W)] * 2 if rule == "lazy_adam" else [(R,)]
+    if [tuple(t.shape) for t in moments] != [*wide, (R,)]:
+        raise ValueError(f"{rule}: moments {[list(t.shape) for t in moments]} do not fit values {[R, W]}")
+    if tuple(grad.shape) != (R if rows is None else len(rows), W):
+        raise ValueError(f"{rule}: grad {list(grad.shape)} does not fit its rows")
+    if values.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{rule}: a table in {values.dtype} would lose small steps; keep it in float32")
+    dispatch.choose("row_update", values.device, None)
+    reference.row_update(values, moments, rows, grad, rule, hyper)

@@ -1,0 +1,82 @@
+"""Row updates in PyTorch: a radix sort, one gather that adds, one pass over the touched rows.
+
+Only additions, products, quotients and roots touch a row, one operation at a time: IEEE fixes their bits, while a fused
+multiply-add or an exponential may come out differently in the vector body and in the tail of a loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.row_update import Hyper
+
+
+def sum_rows(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """See `kernels.row_update.sum_rows`."""
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    if not len(rows):
+        return rows, grad
+    ordered, order = torch.sort(rows, stable=True)
+    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
+    ends = counts.cumsum(0)
+    if len(rows) == len(unique):
+        return unique, grad.index_select(0, order)
+    index = torch.int32 if len(rows) < 2**31 else torch.int64  # half the index is half the time
+    starts = (ends - counts).to(index)
+    return unique, F.embedding_bag(order.to(index), grad.contiguous(), starts, mode="sum")
+
+
+def row_update(
+    values: Tensor, moments: Sequence[Tensor], rows: Tensor | None, grad: Tensor, rule: str, hyper: Hyper
+) -> None:
+    """See `kernels.row_update.row_update`."""
+    step = _lazy_adam if rule == "lazy_adam" else _rowwise
+    arrays = [values, *moments]
+    if rows is None:
+        step(arrays, grad.to(values.dtype), hyper)
+        return
+    held = [a.index_select(0, rows) for a in arrays]
+    step(held, grad.to(values.dtype), hyper)
+    for array, new in zip(arrays, held, strict=True):
+        array.index_copy_(0, rows, new)
+
+
+def _lazy_adam(arrays: Sequence[Tensor], grad: Tensor, hyper: Hyper) -> None:
+    """In place on values, m, v [U, W] and steps [U]."""
+    values, m, v, steps = arrays
+    steps.add_(1)
+    first, second = (_debias(steps, beta, values.dtype)[:, None] for beta in (hyper.beta1, hyper.beta2))
+    m.mul_(hyper.beta1).add_(grad * (1 - hyper.beta1))
+    v.mul_(hyper.beta2).add_((grad * grad).mul_(1 - hyper.beta2))
+    scale = (v / second).sqrt_().add_(hyper.eps)
+    values.sub_((m / first).div_(scale).mul_(hyper.lr))
+
+
+def _rowwise(arrays: Sequence[Tensor], grad: Tensor, hyper: Hyper) -> None:
+    """In place on values [U, W], v and steps [U]."""
+    values, v, steps = arrays
+    steps.add_(1)
+    v.mul_(hyper.beta2).add_((grad * grad).mean(dim=1).mul_(1 - hyper.beta2))
+    scale = (v / _debias(steps, hyper.beta2, v.dtype)).sqrt_().add_(hyper.eps)
+    values.sub_(grad * (hyper.lr / scale)[:, None])
+
+
+def _debias(steps: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    """1 - beta^s of int steps, looked up: a power would have other bits in other places of a loop."""
+    known = _corrections(beta, dtype, steps.device)
+    return known[steps.clamp(max=len(known) - 1)]
+
+
+@functools.lru_cache(maxsize=16)
+def _corrections(beta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 - beta^s for s = 0, 1, ... until it is 1 in ``dtype``."""
+    last = 1 if beta == 0 else math.ceil(math.log(torch.finfo(dtype).eps / 4) / math.log(beta))
+    return (1 - beta ** torch.arange(last + 1, dtype=torch.float64)).to(device, dtype)
