@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.memories.engram_addressing import DEAD, EngramAddressing, draw_multipliers, table_primes
-from models.memories.engram_compression import compress, identity
+from models.memories.engram_compression import Compression, compress, identity
 from models.types import Ctx, segment_ids
 
 TOKENS = torch.tensor([[5, 17, 17, 999, 0, 3]])
@@ -27,11 +28,21 @@ GOLDEN = [
 AFTER_A_CUT = {3: [507, 1036, 2297, 3813], 4: [315, 1929, 2386, 3741]}  # rows 3 and 4 when nothing before 3 is in reach
 
 
-def small(**other: Any) -> EngramAddressing:
-    options = {"compression": identity(1000), "keys": (1, 6), "bases": (1000, 1000), "heads": 2, "pad": 2, **other}
+def small(tokens: Compression | None = None, **other: Any) -> EngramAddressing:
+    """``tokens``: the map of the tokenizer that it is told to use."""
+    options = {"vocab_size": 1000, "keys": (1, 6), "bases": (1000, 1000), "heads": 2, "pad": 2, **other}
     module = EngramAddressing(**options)
     module.reset_parameters()
+    if tokens is not None:
+        module.use_map(tokens)
     return module
+
+
+def swapped() -> Compression:
+    """The identity but for two ids that change places."""
+    canonical = identity(1000).canonical.copy()
+    canonical[[998, 999]] = canonical[[999, 998]]
+    return Compression(canonical, 1000)
 
 
 def context(tokens: Tensor, valid: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Ctx:
@@ -88,7 +99,8 @@ def test_golden_rows():
 def test_pad_is_the_canonical_id_of_the_pad_token():
     folded = identity(1000).canonical.copy()
     folded[7] = 2
-    assert rows(small(compression=identity(1000)._replace(canonical=folded), pad=7), TOKENS)[0].tolist() == GOLDEN
+    module = small(Compression(folded, 1000), compression="compat", pad=7)
+    assert rows(module, TOKENS)[0].tolist() == GOLDEN
 
 
 def test_golden_rows_behind_a_document_boundary():
@@ -177,18 +189,59 @@ def test_a_saved_model_brings_its_multipliers():
 
 @pytest.mark.parametrize(
     "other",
-    [{"pad": 3}, {"seed": 1}, {"keys": (1, 7)}, {"keys": (6, 1)}, {"bases": (1000, 1001)}, {"compression": None}],
+    [
+        {"pad": 3},
+        {"seed": 1},
+        {"keys": (1, 7)},
+        {"keys": (6, 1)},
+        {"bases": (1000, 1001)},
+        {"compression": "tagged"},
+        {"tokens": swapped()},
+    ],
+    ids=str,
 )
 def test_other_addresses_are_refused(other: dict[str, Any]):
-    if "compression" in other:
-        swapped = identity(1000).canonical.copy()
-        swapped[[998, 999]] = swapped[[999, 998]]
-        other = {"compression": identity(1000)._replace(canonical=swapped)}
-    module = small(**other)
+    module = small(**{"compression": "compat", "tokens": identity(1000), **other})
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    with pytest.raises(UserError, match="belong to another token map"):
-        module.load_state_dict(small().state_dict())
+    with pytest.raises(UserError, match="belong to another") as said:
+        module.load_state_dict(small(identity(1000), compression="compat").state_dict())
+    assert ("token map" in str(said.value)) == ("tokens" in other)
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_a_saved_model_brings_its_map():
+    """Into a model that knows no tokenizer; from then on it has one."""
+    saved, module = small(swapped(), compression="compat"), small(compression="compat")
+    assert torch.equal(rows(module, TOKENS), rows(small(), TOKENS)), "without a tokenizer every token is itself"
+    module.load_state_dict(saved.state_dict())
+    assert torch.equal(rows(module, TOKENS), rows(saved, TOKENS))
+    assert not torch.equal(rows(module, TOKENS), rows(small(), TOKENS))
+    module.use_map(swapped())
+    with pytest.raises(UserError, match="another token map than this tokenizer's"):
+        module.use_map(identity(1000))
+
+
+def test_fewer_classes_take_other_multipliers():
+    canonical = np.arange(1000, dtype=np.int32) // 2
+    module = small(Compression(canonical, 500), compression="tagged")
+    assert module.multipliers[0].tolist() == draw_multipliers(500, 3, 1)
+    pairs = torch.stack([rows(module, TOKENS), rows(module, TOKENS ^ 1)])
+    assert torch.equal(pairs[0], pairs[1])
+    again = small(compression="tagged")
+    again.load_state_dict(module.state_dict())
+    assert (again.classes, again.pad) == (500, 1)
+
+
+def test_ids_without_a_token_are_dead():
+    """A vocabulary padded beyond its tokenizer: they cannot be told from a token that is none, and stop lookbacks."""
+    module = small(Compression(np.arange(999, dtype=np.int32), 999), compression="compat")
+    assert module.canonical[999] == DEAD
+    found, cut = rows(module, TOKENS), torch.tensor([0, 4, 6], dtype=torch.int32)
+    assert torch.equal(found[:, 4:], rows(module, TOKENS, None, cut)[:, 4:])
+    with pytest.raises(UserError, match="the tokenizer has 1001 ids, the model 1000"):
+        small(identity(1001), compression="compat")
+    with pytest.raises(UserError, match="pad token 2 is none of the tokenizer's 2"):
+        small(identity(2), compression="compat")
 
 
 def test_bad_options_are_refused():

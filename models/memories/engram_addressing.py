@@ -18,9 +18,11 @@ from torch import Tensor
 
 from kernels.ngram_gather import DEAD, ngram_rows
 from models.errors import UserError
-from models.memories.engram_compression import Compression
+from models.memories.engram_compression import Compression, compress, identity
 from models.rows import Addressing
 from models.types import Ctx, State
+
+OTHER_ROWS = "with it every row would mean something else"
 
 
 def table_primes(layers: int, bases: Sequence[int], heads: int) -> list[list[list[int]]]:
@@ -57,6 +59,9 @@ class EngramAddressing(Addressing):
     ``keys``: the number that each layer hashes with; it goes with the layer's table, so it stays when the layer moves.
     ``bases``: the least number of rows of a head, for the orders 2, 3, ... ``pad``: the token (not canonical) that stands
     for what is not there. The order of ``keys`` decides the primes.
+
+    ``compression``: "compat" or "tagged" fold tokens onto canonical ids, "none" leaves them. Until `use_tokenizer` every token
+    stands for itself; or a saved model brings its map. Once set, a map stays: another one would rename every row.
     """
 
     canonical: Tensor
@@ -66,45 +71,93 @@ class EngramAddressing(Addressing):
     identity: Tensor
 
     def __init__(
-        self, compression: Compression, keys: Sequence[int], bases: Sequence[int], heads: int, pad: int, seed: int = 0
+        self,
+        vocab_size: int,
+        keys: Sequence[int],
+        bases: Sequence[int],
+        heads: int,
+        pad: int,
+        seed: int = 0,
+        compression: str = "none",
     ) -> None:
         super().__init__()
-        self.compression, self.keys, self.bases, self.heads, self.seed = compression, keys, bases, heads, seed
-        self.max_order = len(bases) + 1
-        vocab, L, orders = len(compression.canonical), len(keys), len(bases)
-        if not 0 <= pad < vocab:
-            raise UserError(f"engram: pad token {pad} is not in the vocabulary of {vocab}")
+        self.vocab_size, self.keys, self.bases, self.heads = vocab_size, list(keys), list(bases), heads
+        self.pad_token, self.seed, self.kind = pad, seed, compression
+        L, orders = len(keys), len(bases)
+        if not 0 <= pad < vocab_size:
+            raise UserError(f"engram: pad token {pad} is not in the vocabulary of {vocab_size}")
         if len(set(keys)) != L:
-            raise UserError(f"engram: layer keys {list(keys)} are not distinct")
-        self.pad = int(compression.canonical[pad])
-        self.register_buffer("canonical", torch.empty(vocab, dtype=torch.int32))
+            raise UserError(f"engram: layer keys {self.keys} are not distinct")
+        self.max_order = orders + 1
+        self.compression, self.final = identity(vocab_size), compression == "none"
+        self.register_buffer("canonical", torch.empty(vocab_size, dtype=torch.int32))
         self.register_buffer("multipliers", torch.empty(L, orders + 1, dtype=torch.int64))
         self.register_buffer("primes", torch.empty(L, orders, heads, dtype=torch.int64))
         self.register_buffer("offsets", torch.empty(L, orders, heads, dtype=torch.int64))
-        self.register_buffer("identity", torch.empty(32, dtype=torch.uint8))
+        self.register_buffer("identity", torch.empty(2, 32, dtype=torch.uint8))
+
+    @property
+    def classes(self) -> int:
+        return self.compression.classes
+
+    @property
+    def pad(self) -> int:
+        """The canonical id of the pad token."""
+        return int(self.compression.canonical[self.pad_token])
 
     def reset_parameters(self) -> None:
-        drawn = [draw_multipliers(self.compression.classes, self.max_order, key, self.seed) for key in self.keys]
         primes = torch.tensor(table_primes(len(self.keys), self.bases, self.heads))
         flat = primes.flatten(1)
-        self.canonical.copy_(torch.from_numpy(self.compression.canonical))
-        self.multipliers.copy_(torch.tensor(drawn))
         self.primes.copy_(primes)
         self.offsets.copy_((flat.cumsum(dim=1) - flat).view_as(primes))
-        self.identity.copy_(torch.tensor(list(self._identity()), dtype=torch.uint8))
+        self._fill()
 
-    def _identity(self) -> bytes:
-        """What the addresses are a function of, hashed."""
-        facts = (self.compression.sha256, self.pad, list(self.keys), list(self.bases), self.heads, self.seed)
+    def use_tokenizer(self, tokenizer_json: str) -> None:
+        """Raises UserError for a tokenizer with more ids than the model, and for another one than a saved model had."""
+        if self.kind != "none":
+            self.use_map(compress(tokenizer_json, compat=self.kind == "compat"))
+
+    def use_map(self, found: Compression) -> None:
+        """Of at least one id; those of the model behind its end are no tokens. The buffers must have been initialised or loaded."""
+        missing = self.vocab_size - len(found.canonical)
+        if missing < 0:
+            raise UserError(f"engram: the tokenizer has {len(found.canonical)} ids, the model {self.vocab_size}")
+        if self.pad_token >= len(found.canonical):
+            raise UserError(f"engram: pad token {self.pad_token} is none of the tokenizer's {len(found.canonical)}")
+        canonical = np.pad(found.canonical, (0, missing), constant_values=DEAD)
+        new = Compression(canonical, found.classes)
+        if self.final and new.sha256 != self.compression.sha256:
+            raise UserError(f"engram: the model has another token map than this tokenizer's: {OTHER_ROWS}")
+        if not self.final:
+            self.compression, self.final = new, True
+            self._fill()
+
+    def _fill(self) -> None:
+        """What depends on the map."""
+        drawn = [draw_multipliers(self.classes, self.max_order, key, self.seed) for key in self.keys]
+        self.canonical.copy_(torch.from_numpy(self.compression.canonical))
+        self.multipliers.copy_(torch.tensor(drawn))
+        self.identity.copy_(torch.tensor([list(self._facts()), list(self._map())], dtype=torch.uint8))
+
+    def _facts(self) -> bytes:
+        """What the addresses are a function of beside the map, hashed."""
+        facts = (self.kind, self.pad_token, self.keys, self.bases, self.heads, self.seed)
         return hashlib.sha256(json.dumps(facts).encode()).digest()
 
+    def _map(self) -> bytes:
+        return bytes.fromhex(self.compression.sha256)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        stored = state_dict.get(f"{prefix}identity")
-        if stored is not None and bytes(stored.tolist()) != self._identity():
-            raise UserError(
-                "engram: the saved addresses belong to another token map, pad, seed, table size or list of layer keys; "
-                "with these every row would mean something else"
-            )
+        stored, canonical = (state_dict.get(f"{prefix}{name}") for name in ("identity", "canonical"))
+        if stored is not None and canonical is not None:
+            facts, sha = (bytes(row) for row in stored.tolist())
+            if facts != self._facts():
+                what = "pad, seed, table size, compression or list of layer keys"
+                raise UserError(f"engram: the saved addresses belong to another {what}: {OTHER_ROWS}")
+            if self.final and sha != self._map():
+                raise UserError(f"engram: the saved addresses belong to another token map: {OTHER_ROWS}")
+            ids = canonical.cpu().numpy()
+            self.compression, self.final = Compression(ids, int(ids.max()) + 1), True
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def init_state(self, batch: int, device: torch.device | str) -> State:
@@ -113,7 +166,7 @@ class EngramAddressing(Addressing):
 
     def forward(self, ctx: Ctx, lookback: State | None) -> tuple[dict[str, Tensor], State | None]:
         """Invalid tokens are passed over: they get the rows of PAD alone. An id outside the vocabulary is refused on the
-        host, and DEAD on a device: it and all before it are out of reach."""
+        host, and DEAD on a device, as is one without a token: it and all before it are out of reach."""
         ids = self._canonical_ids(ctx)
         history = self.init_state(len(ids), ids.device) if lookback is None else lookback
         rows, newest = ngram_rows(
@@ -122,7 +175,7 @@ class EngramAddressing(Addressing):
             self.multipliers,
             self.primes,
             self.offsets,
-            classes=self.compression.classes,
+            classes=self.classes,
             pad=self.pad,
             segments=ctx.shared.get("segments"),
             valid=ctx.valid,
