@@ -46,7 +46,7 @@ class RowStore:
     # -- what a store must provide
 
     def read(self, rows: Tensor) -> Tensor:
-        """rows [...] int64 -> values [..., W]. A store may still be at it when this returns: see `wait`."""
+        """rows [...] int64 -> values [..., W], on the device of the rows."""
         raise NotImplementedError
 
     def reset(self, generator: torch.Generator) -> None:
@@ -71,18 +71,28 @@ class RowStore:
         """Follow the module that owns the store to another device or dtype (its ``_apply``)."""
         raise NotImplementedError
 
+    # -- what a store may do better
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """As `read`, but the values may still be on their way: nobody looks at them before `wait`."""
+        return self.read(rows)
+
+    def wait(self, values: Tensor) -> Tensor:
+        """What `prefetch` returned, arrived."""
+        return values
+
     # -- shared
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """``read`` that remembers where gradients go. Early in a forward it is a prefetch; the reader calls `wait`."""
+        """``read`` that remembers where gradients go."""
+        return self.wait(self.prefetch(rows))
+
+    def prefetch(self, rows: Tensor) -> Tensor:
+        """``begin`` that remembers where gradients go: for `LM.prepare`; the part that needs the values calls `wait` first."""
         if not torch.is_grad_enabled():
-            return self.read(rows)
+            return self.begin(rows)
         anchor = torch.zeros((), device=rows.device, requires_grad=True)
         return _Fetch.apply(anchor, self, rows)
-
-    def wait(self, values: Tensor) -> Tensor:
-        """What `fetch` returned, safe to use: a store that reads in the background makes its reader wait here."""
-        return values
 
     def collect(self, rows: Tensor, grad: Tensor) -> None:
         self._pending.append((rows.detach().reshape(-1), grad.detach().reshape(-1, self.width)))
@@ -108,7 +118,7 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, store: RowStore, rows: Tensor) -> Tensor:
         ctx.store = store
         ctx.save_for_backward(rows)
-        return store.read(rows)
+        return store.begin(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.rows import Addressing, RowStore
+from models.stores import StoreConfig, build_store
 from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, Stat, State, count_params, normal_, reset_norm
 from tests.toys import masked_mean, newest, previous
 
@@ -98,7 +99,9 @@ class ToyHash(Part):
 
     Config = ToyHashConfig
 
-    def __init__(self, cfg: ToyHashConfig, site: Site) -> None:
+    table: RowStore
+
+    def __init__(self, cfg: Any, site: Site) -> None:
         super().__init__(cfg, site)
         self.key = nn.Linear(cfg.width, site.d_model, bias=False)
         self.value = nn.Linear(cfg.width, site.d_model, bias=False)
@@ -107,7 +110,7 @@ class ToyHash(Part):
     def forward(
         self, x: Tensor, ctx: Ctx, state: State | None = None, donate: bool = False
     ) -> tuple[Tensor, State | None, Aux]:
-        e = ctx.shared[self._rows_key].to(x.dtype)
+        e = self.table.wait(ctx.shared[self._rows_key]).to(x.dtype)
         key, value = self.key(e), self.value(e)
         if x.ndim == 4:  # residual branches
             key, value = key[:, :, None], value[:, :, None]
@@ -122,7 +125,7 @@ class ToyHash(Part):
         return f"toy_rows.{self.site.layer}"
 
     def shared(self) -> dict[str, Callable[[Ctx, State | None], Any]]:
-        return {self._rows_key: lambda ctx, _: self.table.fetch(ctx.rows[str(self.site.layer)])}
+        return {self._rows_key: lambda ctx, _: self.table.prefetch(ctx.rows[str(self.site.layer)])}
 
     def tables(self) -> dict[str, Any]:
         return {"table": self.table}
@@ -151,3 +154,19 @@ class ToyHashBranches(ToyHash):
     """The same for every residual branch at once, each with a gate of its own."""
 
     sees_branches = True
+
+
+@dataclass(frozen=True)
+class ToyStoredConfig(ToyHashConfig):
+    kind: str = "tests.toy_memory:ToyStored"
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+
+class ToyStored(ToyHash):
+    """The same with a table of `models.stores`."""
+
+    Config = ToyStoredConfig
+
+    def __init__(self, cfg: ToyStoredConfig, site: Site) -> None:
+        super().__init__(cfg, site)
+        self.table = build_store(cfg.store, cfg.rows, cfg.width)

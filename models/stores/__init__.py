@@ -11,6 +11,7 @@ from models.stores.base import StoreConfig, Table
 
 KINDS = {
     "resident": "models.stores.resident:Resident",
+    "host": "models.stores.host:Host",
 }
 
 

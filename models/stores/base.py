@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.row_update import Hyper
-from models.errors import UserError, nearest
+from models.errors import UserError
 from models.parsing import choice
 from models.rows import RowStore
+from models.stores.cache import POLICIES
 from models.types import ParamMeta
 
 VALUES = "values"
@@ -34,19 +35,25 @@ class StoreConfig:
     ``rowwise``: touched rows only, one second moment per row, no momentum: 8 bytes a row beside the values. ``lazy_adam``: Adam
     on the touched rows only; both count steps per row, and a row without gradient does not move. ``adam``: the paper's, where
     every row moves at every step on its momentum: for small tables, since a step goes over the whole table.
+    A ``host`` table keeps ``cache_rows`` of its rows on the device.
     """
 
     kind: str = "resident"  # see models.stores.KINDS
     rule: str = "rowwise"  # rowwise | lazy_adam | adam
     lr_mult: float = 5.0
     std: float = 0.02  # of the initial rows
+    cache_rows: int = 0  # 0: no cache
+    cache_policy: str = "lfu"  # lfu | lru
 
     def __post_init__(self) -> None:
         from models.stores import KINDS
 
         choice("store kind", self.kind, tuple(KINDS))
         choice("store rule", self.rule, tuple(MOMENTS))
-        for name in ("lr_mult", "std"):
+        choice("cache_policy", self.cache_policy, POLICIES)
+        if self.cache_rows and self.kind != "host":
+            raise UserError(f"cache_rows: a {self.kind} table has no cache; kind=host has")
+        for name in ("lr_mult", "std", "cache_rows"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -98,6 +105,11 @@ class Table(RowStore):
             moment.zero_()
 
     def step(self, rows: Tensor, grad: Tensor, lr: float, beta1: float, beta2: float, eps: float) -> None:
+        dtype = self.arrays()[VALUES].dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            raise UserError(
+                f"a table in {dtype} cannot learn: steps below half a last bit would be lost; keep it in float32"
+            )
         hyper = Hyper(lr, beta1, beta2, eps)
         if self.cfg.rule != "adam":
             self.update(rows, grad, self.cfg.rule, hyper)
@@ -120,14 +132,13 @@ class Table(RowStore):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises UserError for arrays of another rule or size."""
-        own = self.arrays()
-        for name in [*own, *state]:
-            if name not in state or name not in own:
-                where = "missing in the saved table" if name in own else "not in this table"
-                raise UserError(
-                    f"'{name}' is {where}, whose rule is {self.cfg.rule}{nearest(name, state if name in own else own)}"
-                )
-            if state[name].shape != own[name].shape:
-                raise UserError(f"'{name}' has shape {list(state[name].shape)}, the table {list(own[name].shape)}")
+        own, rule = self.arrays(), self.cfg.rule
+        for name in own.keys() - state.keys():
+            raise UserError(f"the saved table has no '{name}', which rule={rule} needs")
+        for name in state.keys() - own.keys():
+            raise UserError(f"the saved table has '{name}', which rule={rule} does not know")
+        for name, array in own.items():
+            if state[name].shape != array.shape:
+                raise UserError(f"'{name}' has shape {list(state[name].shape)}, the table {list(array.shape)}")
         for name, array in own.items():
             array.copy_(state[name])
