@@ -29,7 +29,7 @@ from bench import (
 )
 from bench import compile as ahead
 from kernels.compilation import GATED, TARGETS
-from models.errors import UserError, guard
+from models.errors import UserError, guard, nearest
 from training.runfolder import environment
 
 
@@ -57,6 +57,12 @@ def run_decode(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
 def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     cases = [*kernels.cases(args.device)]
     cases += [case for bench in (scans, cells) for case in bench.cases(args.device, args.tiny)]
+    if args.ops:
+        names = [case.op for case in cases]
+        for op in args.ops:
+            if not any(name.startswith(op) for name in names):
+                raise UserError(f"no op '{op}'{nearest(op, names)}")
+        cases = [case for case in cases if case.op.startswith(tuple(args.ops))]
     rows = [kernels.measure(case, args.pairs) for case in cases]
     text = kernels.table(rows)
     if args.device == "cuda" or args.tiny:
@@ -120,7 +126,9 @@ def main(argv: list[str] | None = None) -> int:
         "--compile-only", action="store_true", help="with kernels: ahead of time, for GPUs that are not here"
     )
     parser.add_argument("--targets", nargs="+", metavar="NAME", help=f"with --compile-only: of {', '.join(TARGETS)}")
-    parser.add_argument("--ops", nargs="+", metavar="NAME", help="with --compile-only; default: all that have kernels")
+    parser.add_argument(
+        "--ops", nargs="+", metavar="NAME", help="with kernels: those whose names begin so; default: all"
+    )
     parser.add_argument("--sample", action="store_true", help=f"one configuration per kernel on targets but {GATED}")
     parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="with recall: finished runs on a task")
     parser.add_argument("--run", type=Path, help="with readme: take the figures of this finished quick start first")

@@ -63,18 +63,25 @@ def cases(device: str) -> list[Case]:
     return found
 
 
-def _run(fn: Callable[..., Any], case: Case) -> list[Tensor]:
-    """Forward and backward; -> outputs and gradients."""
+def _run(fn: Callable[..., Any], case: Case, above: list[Tensor] | None = None) -> list[Tensor]:
+    """Forward, and backward from the gradients that arrive from ``above``; -> outputs and gradients."""
     out = fn(*case.inputs, *case.extra)
     outs = list(out) if isinstance(out, tuple) else [out]
-    total = torch.stack([(o * o).sum() for o in outs if o.requires_grad]).sum()
-    grads = torch.autograd.grad(total, case.inputs, allow_unused=True, materialize_grads=True)
+    if above is None:
+        return outs
+    learned = [o for o in outs if o.requires_grad]
+    grads = torch.autograd.grad(learned, case.inputs, above, allow_unused=True, materialize_grads=True)
     return [*outs, *grads]
 
 
 def measure(case: Case, pairs: int) -> dict[str, Any]:
     """The plain form's time over ours, forward and backward together. Raises RuntimeError when the results differ."""
-    for a, b in zip(_run(case.ours, case), _run(case.truth or case.peer, case), strict=True):
+    draw = torch.Generator(case.inputs[0].device).manual_seed(0)
+    above = [
+        torch.empty_like(o).normal_(generator=draw) for o in _run(case.truth or case.peer, case) if o.requires_grad
+    ]
+    results = zip(_run(case.ours, case, above), _run(case.truth or case.peer, case, above), strict=True)
+    for a, b in results:
         error = ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
         if error > case.error:
             raise RuntimeError(
@@ -83,7 +90,11 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
     pairs = min(pairs, case.most_pairs or pairs)
     warmup = 1 if case.most_pairs else 2
     ratio = alternate(
-        lambda: _run(case.ours, case), lambda: _run(case.peer, case), pairs, f"{case.op} {case.shape}", warmup
+        lambda: _run(case.ours, case, above),
+        lambda: _run(case.peer, case, above),
+        pairs,
+        f"{case.op} {case.shape}",
+        warmup,
     )
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "peer": case.peer_name, "pairs": pairs}
     return row | {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}

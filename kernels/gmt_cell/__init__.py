@@ -93,7 +93,12 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     rows = [x.new_empty(n, dtype=wide) for _ in range(4)]
     weights = [x.new_empty(n, f, dtype=wide) for _ in range(2)]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return [y, *weights, rows[0], x.new_empty(n, dtype=torch.int32), *rows[1:]]
+    outputs = [y, *weights, rows[0], x.new_empty(n, dtype=torch.int32), *rows[1:3]]
+    if backend == "triton":
+        return [*outputs, rows[3]]
+    edges, lengths = (0 if t is None else n for t in (tensors[8], tensors[5]))
+    kept = (n, edges, edges, lengths)
+    return [*outputs, *(x.new_empty(count, f, dtype=wide) for count in kept)]
 
 
 _op = Op(

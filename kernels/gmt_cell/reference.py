@@ -56,7 +56,10 @@ def recurrent(
 
 def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
     """(x, directions, scores, edges, values, gram, bias, temperature, edge scale), (floor, eps) ->
-    [y, w_src, w_tgt, scale, nearest, distance; 1 / |x|, the log of the sum of exp(z_src)]."""
+    [y, w_src, w_tgt, scale, nearest, distance; 1 / |x|, z_src, w_src S + 1e-6 and its logarithm, (w_tgt - w_src) G].
+
+    The last three are empty where the backward does not need them.
+    """
     x, directions, scores, edges, values, gram, bias, temperature, edge_scale = _wide(tensors)
     assert x is not None
     assert directions is not None
@@ -67,25 +70,28 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     n, f = len(x), len(directions)
     inverse = torch.linalg.vector_norm(x, dim=1).clamp_(min=NORM_EPS).reciprocal_()
     logits = x @ torch.cat([directions, scores]).T
-    z = logits[:, :f].mul(inverse[:, None]).neg_().add_(1).clamp_(min=options[0]).mul_(temperature).reciprocal_()
+    z = logits[:, :f].mul((inverse * -temperature)[:, None]).add_(temperature)
+    z.clamp_(min=options[0] * temperature).reciprocal_()
     top, nearest = z.max(1)
-    total = z.logsumexp(1)
-    source = z.sub_(total[:, None]).exp_()
+    source = z.softmax(1)
+    hop = log_hop = pulled = x.new_empty(0, f)
     if edge_scale is None:
         target = torch.addmm(logits[:, f:], source, edges).softmax(1)
     else:
-        hop = (source @ edges).add_(EDGE_EPS).log_().mul_(edge_scale)
-        target = hop.add_(logits[:, f:]).softmax(1)
+        hop = (source @ edges).add_(EDGE_EPS)
+        log_hop = hop.log()
+        target = (log_hop * edge_scale).add_(logits[:, f:]).softmax(1)
     moved = target - source
     scale = x.new_ones(n)
     if gram is not None:
-        scale = torch.linalg.vecdot(moved @ gram, moved).div_(x.shape[1]).clamp_(min=0).add_(options[1]).rsqrt_()
+        pulled = moved @ gram
+        scale = torch.linalg.vecdot(pulled, moved).div_(x.shape[1]).clamp_(min=0).add_(options[1]).rsqrt_()
         moved.mul_(scale[:, None])
     y = moved @ values if bias is None else torch.addmm(bias, moved, values)
     given = tensors[0]
     assert given is not None
     distance = (top * temperature).reciprocal_()
-    return [y.to(given.dtype), source, target, scale, nearest.int(), distance, inverse, total]
+    return [y.to(given.dtype), source, target, scale, nearest.int(), distance, inverse, z, hop, log_hop, pulled]
 
 
 def backward(
@@ -96,10 +102,11 @@ def backward(
     options: Sequence[float],
     backend: str,
 ) -> Tensors:
-    """One gradient per tensor of ``forward``, none for the temperature."""
+    """One gradient per tensor of ``forward``, none for the temperature. Those of tables with D columns are made transposed, which is
+    the faster product on a CPU."""
     x, directions, scores, edges, values, gram, bias, temperature, edge_scale = _wide(tensors)
     dy, d_source, d_target, *_ = _wide(grads)
-    inverse, total, source, target, scale = saved
+    inverse, z, hop, log_hop, pulled, source, target, scale = saved
     assert x is not None
     assert directions is not None
     assert scores is not None
@@ -109,49 +116,43 @@ def backward(
     f, moved = len(directions), target - source
     if dy is None:
         dy = torch.zeros_like(x)
-    d_moved = (dy @ values.T).mul_(scale[:, None])
-    scaled = moved * scale[:, None]
+    d_moved, rows = dy @ values.T, scale[:, None]
+    scaled = moved * rows
     d_gram = None
     if gram is not None:
-        radial = torch.linalg.vecdot(d_moved, moved).mul_(scale).div_(x.shape[1])[:, None]
-        d_moved.sub_((scaled @ gram).mul_(radial))
-        d_gram = (scaled * radial).T @ moved * -0.5
+        radial = torch.linalg.vecdot(d_moved, scaled).div_(x.shape[1])[:, None].mul_(rows)
+        d_moved.addcmul_(pulled, radial, value=-1)
+        d_gram = (moved * radial).T @ scaled * -0.5
+    d_moved.mul_(rows)
 
-    force = d_moved if d_target is None else d_moved + d_target
     d_logits = x.new_empty(len(x), 2 * f)
-    d_target_logits = torch.mul(target, force - torch.linalg.vecdot(target, force)[:, None], out=d_logits[:, f:])
+    d_target_logits = d_logits[:, f:]
+    _softmax_gradient(d_moved if d_target is None else d_moved + d_target, target, d_target_logits)
     d_hop, d_edge_scale = d_target_logits, None
     if edge_scale is not None:
-        hop = (source @ edges).add_(EDGE_EPS)
-        d_edge_scale = torch.linalg.vecdot(d_target_logits, hop.log()).sum()
+        d_edge_scale = torch.linalg.vecdot(d_target_logits, log_hop).sum()
         d_hop = (d_target_logits * edge_scale).div_(hop)
-    force = (d_hop @ edges.T).sub_(d_moved)
+    d_chosen = (d_hop @ edges.T).sub_(d_moved)
     if d_source is not None:
-        force += d_source
-    force.sub_(torch.linalg.vecdot(source, force)[:, None]).mul_(source)
-    z = source.clamp(min=torch.finfo(source.dtype).tiny).log_().add_(total[:, None])
-    cosine = (z * temperature).reciprocal_().neg_().add_(1)
-    free = cosine < 1 - options[0] * (1 + AT_FLOOR)
-    d_cosine = force.mul_(z.square_()).mul_(temperature).mul_(free)
-    along = torch.linalg.vecdot(d_cosine, cosine).mul_(inverse).mul_(inverse)[:, None]
-    d_logits[:, :f] = d_cosine.mul_(inverse[:, None])
+        d_chosen += d_source
+    d_z = _softmax_gradient(d_chosen, source, d_chosen)
+    free = ((options[0] * temperature).reciprocal() - z).sign_().mul_(z)  # z, and 0 at the floor
+    once = d_z.mul_(free).sum(1)
+    d_cosine = d_z.mul_(free)
+    along = (d_cosine.sum(1).mul_(temperature) - once).mul_(inverse).mul_(inverse)[:, None]
+    torch.mul(d_cosine, (inverse * temperature)[:, None], out=d_logits[:, :f])
 
     dx = (d_logits @ torch.cat([directions, scores])).addcmul_(x, along, value=-1)
-    d_tables = d_logits.T @ x
-    found = [
-        dx,
-        d_tables[:f].clone(),
-        d_tables[f:].clone(),
-        source.T @ d_hop,
-        scaled.T @ dy,
-        d_gram,
-        None,
-        None,
-        d_edge_scale,
-    ]
+    d_tables = (x.T @ d_logits).T
+    found = [dx, d_tables[:f], d_tables[f:], source.T @ d_hop, (dy.T @ scaled).T, d_gram, None, None, d_edge_scale]
     if bias is not None:
         found[6] = dy.sum(0)
     return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True)]
+
+
+def _softmax_gradient(grad: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """weights * (grad - weights . grad), into ``out``."""
+    return torch.mul(grad - torch.linalg.vecdot(weights, grad)[:, None], weights, out=out)
 
 
 def _wide(tensors: Tensors) -> Tensors:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gmt_cell import Hop, gmt_cell
+from kernels.gram import gram
 from models.channels import gmt_losses, gmt_memory
 from models.errors import UserError
 from models.parsing import choice
@@ -129,6 +130,7 @@ class Tables(NamedTuple):
     """What the cell is to every token: functions of the parameters alone, in at least fp32."""
 
     points: Tensor  # C' [F, D]
+    products: Tensor  # of the points with each other [F, F]
     directions: Tensor  # [F, D], of length 1
     scores: Tensor  # [F, D]
     edges: Tensor  # [F, F], rows sum to 1, zero diagonal
@@ -181,9 +183,10 @@ class GMT(Part):
         seen = (x + y if self.cfg.write_source == "post_residual" else h).detach().flatten(0, 1)
         after = seen if self.cfg.write_source == "post_residual" else (x + y).detach().flatten(0, 1)
         keep = gmt_losses.shares(hop.source, ctx.valid)
-        losses = gmt_losses.losses(self, hop, tables, after, keep)
+        usage = gmt_losses.usage(hop, keep, ctx.valid)
+        losses = gmt_losses.losses(self, hop, usage, tables, after, keep)
         writes = gmt_memory.writes(hop, seen, ctx, self.cfg.slots) if self.training else {}
-        return y, state, Aux(losses, self._stats(hop, tables, ctx, keep), writes)
+        return y, state, Aux(losses, self._stats(hop, usage, tables, ctx, keep), writes)
 
     def hop(self, h: Tensor, tables: Tables, temperature: Tensor) -> Hop:
         """h [N, D], after the norm."""
@@ -230,16 +233,19 @@ class GMT(Part):
             query, key, gate = (p.to(wide) for p in (self.query.weight, self.key.weight, self.gate.sigmoid()))
             weight, bias = (p.to(wide) for p in (self.norm_slots.weight, self.norm_slots.bias))
             points = F.layer_norm(self.slots.to(wide), (d,), weight, bias, NORM_EPS)
-            scores = (points @ key.T) @ query / math.sqrt(self.cfg.width)
-            values, gram, bias = points * gate, None, None
+            scores = (points @ key.T / math.sqrt(self.cfg.width)) @ query
+            products = gram(points)
+            values, square, bias = points * gate, None, None
             if self.norm_move is not None:
-                centred = points - points.mean(1, keepdim=True)
-                values, gram = centred * (self.norm_move.weight.to(wide) * gate), centred @ centred.T
+                mean = points.mean(1, keepdim=True)
+                values = (points - mean) * (self.norm_move.weight.to(wide) * gate)
+                square = products - d * (mean @ mean.T)
                 bias = self.norm_move.bias.to(wide) * gate
             elif self.cfg.displacement == "rms":
-                gram = points @ points.T
+                square = products
             scale = None if self.edge_scale is None else self.edge_scale.to(wide).exp()
-            return Tables(points, F.normalize(points, dim=1), scores, self.edge_table(), values, gram, bias, scale)
+            directions = points * gmt_losses.inverse_lengths(products)[:, None]
+            return Tables(points, products, directions, scores, self.edge_table(), values, square, bias, scale)
 
     def edge_table(self) -> Tensor:
         """[F, F]: where a hop from each slot leads; never to itself."""
@@ -250,11 +256,10 @@ class GMT(Part):
     # -- what it says about itself
 
     @torch.no_grad()
-    def _stats(self, hop: Hop, tables: Tables, ctx: Ctx, keep: Tensor) -> dict[str, Stat]:
-        source, target = (gmt_losses.mean_weights(w, keep) for w in (hop.source, hop.target))
+    def _stats(self, hop: Hop, usage: gmt_losses.Usage, tables: Tables, ctx: Ctx, keep: Tensor) -> dict[str, Stat]:
         found = {
-            "source_slots": Stat(gmt_losses.effective(source)),  # exp of the entropy of the mean weight
-            "target_slots": Stat(gmt_losses.effective(target)),
+            "source_slots": Stat(gmt_losses.effective(usage.source)),  # exp of the entropy of the mean weight
+            "target_slots": Stat(gmt_losses.effective(usage.target)),
             "dead_slots": Stat((self.usage < self.cfg.dead_below).sum().to(keep.dtype)),
             "at_floor": Stat(((hop.distance <= self.cfg.floor * (1 + 1e-5)).to(keep.dtype) * keep).sum()),
             "edge_entropy": Stat(gmt_losses.entropy(tables.edges).mean()),

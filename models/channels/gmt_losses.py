@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gmt_cell import Hop
+from kernels.gram import gram
+from kernels.mixture_error import mixture_error
 
 if TYPE_CHECKING:
     from models.channels.gmt import GMT, Tables
@@ -16,14 +17,21 @@ if TYPE_CHECKING:
 LOSSES = ("tracking", "orthogonality", "usage", "target_usage", "edge_entropy", "edge_contrast")
 
 
-def losses(cell: GMT, hop: Hop, tables: Tables, after: Tensor, keep: Tensor) -> dict[str, Tensor]:
+class Usage(NamedTuple):
+    """The mean weight of each slot over the tokens, [F]."""
+
+    source: Tensor
+    target: Tensor
+
+
+def losses(cell: GMT, hop: Hop, usage: Usage, tables: Tables, after: Tensor, keep: Tensor) -> dict[str, Tensor]:
     """after [N, D]: the residual stream behind the cell, detached. Those whose weight is zero are not computed."""
     cfg = cell.cfg
     made = {
-        "tracking": lambda: (1 - cell.write_momentum.sigmoid()) * tracking(hop.source, tables.points, after, keep),
+        "tracking": lambda: (1 - cell.write_momentum.sigmoid()) * tracking(hop.source, tables, after, keep),
         "orthogonality": lambda: off_diagonal_mean(cosines(wide(cell.slots)).square()),
-        "usage": lambda: shortfall(hop.source, keep, cfg.usage_target),
-        "target_usage": lambda: shortfall(hop.target, keep, cfg.usage_target),
+        "usage": lambda: shortfall(usage.source, cfg.usage_target),
+        "target_usage": lambda: shortfall(usage.target, cfg.usage_target),
         "edge_entropy": lambda: (cfg.edge_entropy_floor - entropy(tables.edges)).relu().mean(),
         "edge_contrast": lambda: off_diagonal_mean(cosines(tables.edges)),
     }
@@ -31,17 +39,15 @@ def losses(cell: GMT, hop: Hop, tables: Tables, after: Tensor, keep: Tensor) -> 
         return {name: make() for name, make in made.items() if getattr(cfg, f"{name}_weight")}
 
 
-def tracking(source: Tensor, points: Tensor, after: Tensor, keep: Tensor) -> Tensor:
-    """Mean square of after - w_src C', which is never made: |h|^2 - 2 w . (C' h) + w G w^T with G = C' C'^T."""
-    after = after.to(source.dtype)
-    asked = after @ points.T
-    square = torch.linalg.vecdot(after, after) + torch.linalg.vecdot(source @ (points @ points.T) - 2 * asked, source)
-    return (square * keep).sum() / points.shape[1]
+def tracking(source: Tensor, tables: Tables, after: Tensor, keep: Tensor) -> Tensor:
+    """Mean square of after - w_src C'."""
+    points = tables.points
+    return mixture_error(source, points, tables.products, after.to(source.dtype), keep) / points.shape[1]
 
 
-def shortfall(weights: Tensor, keep: Tensor, wanted: float) -> Tensor:
+def shortfall(usage: Tensor, wanted: float) -> Tensor:
     """How far the effective number of slots in use falls short of the number that is wanted, over the former."""
-    return (wanted / effective(mean_weights(weights, keep)).clamp(min=1) - 1).relu()
+    return (wanted / effective(usage).clamp(min=1) - 1).relu()
 
 
 def effective(weights: Tensor) -> Tensor:
@@ -51,12 +57,13 @@ def effective(weights: Tensor) -> Tensor:
 
 def entropy(weights: Tensor) -> Tensor:
     """Of rows that sum to 1, in nats; a weight of zero (every slot's edge to itself) adds nothing and gets a finite gradient."""
-    return -(weights * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(-1)
+    return torch.special.entr(weights.clamp(min=torch.finfo(weights.dtype).tiny)).sum(-1)
 
 
-def mean_weights(weights: Tensor, keep: Tensor) -> Tensor:
-    """weights [N, F] -> their mean [F]."""
-    return keep @ weights
+def usage(hop: Hop, keep: Tensor, valid: Tensor | None) -> Usage:
+    if valid is None:  # a sum of all is faster than a weighted one
+        return Usage(*(w.sum(0) / max(len(w), 1) for w in (hop.source, hop.target)))
+    return Usage(keep @ hop.source, keep @ hop.target)
 
 
 def shares(like: Tensor, valid: Tensor | None) -> Tensor:
@@ -68,8 +75,15 @@ def shares(like: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def cosines(rows: Tensor) -> Tensor:
-    rows = F.normalize(rows, dim=1)
-    return rows @ rows.T
+    """[F, D] -> [F, F]."""
+    products = gram(rows)
+    inverse = inverse_lengths(products)
+    return products * inverse[:, None] * inverse
+
+
+def inverse_lengths(products: Tensor) -> Tensor:
+    """Products [F, F] of rows with each other -> 1 / |row| [F]; of a row of zeros, a finite number."""
+    return products.diagonal().clamp(min=1e-24).rsqrt()
 
 
 def off_diagonal_mean(square: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def writes(hop: Hop, tokens: Tensor, ctx: Ctx, slots: int) -> dict[str, Write]:
         return {
             "sums": Write(sums),
             "counts": Write(counts),
-            "weights": Write(keep @ hop.source),
+            "weights": Write(hop.source.sum(0) if ctx.valid is None else keep @ hop.source),
             "tokens": Write(keep.sum()),
             "candidates": candidates(tokens, ctx, CANDIDATES * slots),
         }
@@ -51,10 +51,13 @@ def candidates(tokens: Tensor, ctx: Ctx, count: int) -> Write:
     """``count`` tokens by lot: those with the largest keys. Below zero, a key is that of no token."""
     lots = keys(ctx).flatten()
     missing = max(count - len(lots), 0)
-    lots, rows = F.pad(lots, (0, missing), value=-1.0).sort(descending=True, stable=True)
-    lots, rows = lots[:count], rows[:count]
-    drawn = F.pad(tokens, (0, 0, 0, missing))[rows]
-    return Write(torch.where(lots[:, None] < 0, 0.0, drawn), "topk_by_key", lots)
+    lots, rows = lots.sort(descending=True, stable=True)
+    lots, drawn = lots[:count], tokens[rows[:count]]
+    if ctx.valid is not None:
+        drawn = torch.where(lots[:, None] < 0, 0.0, drawn)
+    if missing:
+        lots, drawn = F.pad(lots, (0, missing), value=-1.0), F.pad(drawn, (0, 0, 0, missing))
+    return Write(drawn, "topk_by_key", lots)
 
 
 def keys(ctx: Ctx) -> Tensor:
