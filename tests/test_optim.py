@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,12 +280,9 @@ def test_state_goes_round_to_the_bit(with_muon: bool):
     twin.load_state_dict(model.state_dict())
     for name, table in optim.tables.items():
         other.tables[name].load_state_dict(table.state_dict())
-    other.load_state_dict(
-        {k: t.clone() for k, t in optim.state_dict().items()}, json.loads(json.dumps(optim.scalars()))
-    )
+    other.load_state_dict({k: t.clone() for k, t in optim.state_dict().items()})
     advance(model, optim, range(3, 5))
     advance(twin, other, range(3, 5))
-    assert optim.scalars() == other.scalars() == {"table_steps": 5}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     ours, theirs = optim.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
@@ -299,17 +295,17 @@ def test_state_of_another_model():
     advance(model, optim, range(2))
     grown = {**PLAIN, "at": {1: {"memory": {"kind": "tests.toy_memory:ToyHash"}}}}
     _, more = build(grown)
-    more.load_state_dict(optim.state_dict(), optim.scalars())
+    more.load_state_dict(optim.state_dict())
     assert more.state_dict().keys() == optim.state_dict().keys()
     _, less = build({**PLAIN, "n_layers": 1})
     with pytest.raises(UserError, match=r"'layers\.1\.channel.*belongs to no parameter"):
-        less.load_state_dict(optim.state_dict(), optim.scalars())
-    less.load_state_dict(optim.state_dict(), optim.scalars(), strict=False)
+        less.load_state_dict(optim.state_dict())
+    less.load_state_dict(optim.state_dict(), strict=False)
     assert 0 < len(less.state_dict()) < len(optim.state_dict())
     _, other = build(PLAIN, muon=True)
     with pytest.raises(UserError, match=r"optim\.muon"):
-        other.load_state_dict(optim.state_dict(), optim.scalars())
-    other.load_state_dict(optim.state_dict(), optim.scalars(), strict=False)
+        other.load_state_dict(optim.state_dict())
+    other.load_state_dict(optim.state_dict(), strict=False)
     assert not any(k.endswith("momentum") for k in other.state_dict())
 
 
@@ -413,7 +409,7 @@ class Poison:
         held = {n: t for n, t in model.state_dict().items() if n != "progress"} | optim.state_dict()
         for name, table in optim.tables.items():
             held |= {f"{name}/{key}": t for key, t in table.state_dict().items()}
-        digest = hashlib.sha256(json.dumps(optim.scalars()).encode())
+        digest = hashlib.sha256()
         for name in sorted(held):
             digest.update(name.encode() + held[name].numpy().tobytes())
         with Path(self.log).open("a") as file:

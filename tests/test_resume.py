@@ -33,6 +33,16 @@ from tests.runs import (
 )
 
 STEPS = 12
+# Two tables in host memory, one with a cache: what the background thread does is done before a checkpoint is written.
+_STORED = {"kind": "tests.toy_memory:ToyStored", "rows": 61}
+HOSTED = {
+    **PLAIN,
+    "n_layers": 3,
+    "at": {
+        1: {"memory": {**_STORED, "store": {"kind": "host", "rule": "lazy_adam"}}},
+        2: {"memory": {**_STORED, "store": {"kind": "host", "cache_rows": 20}}},
+    },
+}
 CHECKPOINT_FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json", "manifest.json")
 
 
@@ -43,6 +53,7 @@ def _variants() -> dict[str, tuple[dict, dict]]:
         "adamw": ({**PLAIN, **dropout}, {"train": accumulate}),
         "muon": ({**PLAIN, **dropout}, {"optim": {"muon": True, "schedule": "wsd"}, "data": {"packing": "stream"}}),
         "toys": ({**TOYS, **dropout}, {"train": {**accumulate, "recompute": True}, "optim": {"muon": True}}),
+        "host": ({**HOSTED, **dropout}, {"train": accumulate}),
     }
 
 
@@ -58,7 +69,7 @@ def test_killed_at_random_moments(tmp_path: Path, variant: str):
     assert losses(whole.run)[-1] < losses(whole.run)[0]
 
     rng = random.Random(variant)
-    files = 4 if variant == "toys" else 3  # written in one checkpoint
+    files = 4 if variant in ("toys", "host") else 3  # written in one checkpoint
     faults = [
         Fault(IN_STEP, rng.randint(3, 4), "after"),  # of step 3 or 4: the checkpoint of step 2 is there
         Fault(IN_WRITE, rng.randint(1, files), "half"),

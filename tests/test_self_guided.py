@@ -141,12 +141,12 @@ def test_a_checkpoint_waits_for_its_guests():
     change = SelfGuided(until=6)
     for i in range(2):
         step(change, i, 9, model, optim)
-    weights, moments, scalars = model.state_dict(), dict(optim.state_dict()), optim.scalars()
+    weights, moments = model.state_dict(), dict(optim.state_dict())
 
     def resumed(i: int) -> Optimizer:
         other, its, _ = build(muon=True)
         other.load_state_dict({k: t.clone() for k, t in weights.items()})
-        its.load_state_dict({k: t.clone() for k, t in moments.items()}, scalars)
+        its.load_state_dict({k: t.clone() for k, t in moments.items()})
         assert set(its.params) == {n for n, _ in other.named_parameters()}
         change(i, 9, other, its)
         return its

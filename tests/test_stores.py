@@ -77,6 +77,8 @@ def test_host_is_resident_to_the_bit(kind: str, rule: str, monkeypatch: pytest.M
     assert same_bytes(*(t.state_dict() for t in tables))
     assert same_bytes(*(_advance(t, range(4)) for t in tables))
     for table in tables:
+        with torch.inference_mode():
+            assert torch.equal(table.read(_addresses(1)), table.state_dict()["values"][_addresses(1)])
         table.zero_moments(torch.tensor([0, 7, 3]))
         table.state_dict()["values"][:5] += 1.0
     assert same_bytes(*(_advance(t, range(4, 6)) for t in tables))

@@ -37,7 +37,7 @@ def save(run: Path, step: int, model: LM, optim: Optimizer, state: dict[str, Any
     """
     generators = gather_objects(_generators(w), w)
     rng = {f"{rank}/{kind}": t for rank, found in enumerate(generators) for kind, t in found.items()}
-    plain = {"step": step, "world_size": w.size, "optimizer": optim.scalars(), **state}
+    plain = {"step": step, "world_size": w.size, **state}
 
     def write() -> Path:
         path = run / "checkpoints" / f"step_{step:08d}"
@@ -58,7 +58,7 @@ def restore(run: Path, model: LM, optim: Optimizer, w: World) -> dict[str, Any]:
     folder = on_main(lambda: _newest_whole(run), w)
     state = json.loads((folder / "state.json").read_text())
     load_weights(model, folder)
-    optim.load_state_dict(load_file(str(folder / "optim.safetensors")), state["optimizer"])
+    optim.load_state_dict(load_file(str(folder / "optim.safetensors")))
     generators = load_file(str(folder / "rng.safetensors"))
     if state["world_size"] == w.size:
         _set_generators({k.split("/", 1)[1]: t for k, t in generators.items() if k.startswith(f"{w.rank}/")}, w)

@@ -60,7 +60,6 @@ class Optimizer:
     def __init__(self, model: LM, cfg: OptimConfig) -> None:
         self.cfg = cfg
         self.tables = model.tables()
-        self.table_steps = 0
         self.frozen: set[str] = set()  # tables that do not learn, as parameters without requires_grad do not
         self.guests: set[str] = set()  # names of parameters that learn here without being part of the model
         self.absent: dict[str, Tensor] = {}  # what a checkpoint holds of guests that have not joined yet
@@ -114,7 +113,7 @@ class Optimizer:
     def _replace(self, params: Any, meta: Any, state: Mapping[str, Tensor]) -> None:
         """Take other parameters, with the state of those that stay."""
         self._place(params, meta)
-        self.load_state_dict(state, self.scalars())
+        self.load_state_dict(state)
         self.set_lr(self.base_lr)
 
     def set_lr(self, lr: float) -> None:
@@ -161,7 +160,6 @@ class Optimizer:
                 {n: self.base_lr * self.meta[n].lr_mult for n in names},
                 {n: self.cfg.weight_decay * self.meta[n].decay for n in names},
             )
-        self.table_steps += 1
         for table in self.learning_tables().values():
             grad = table.take_grad()
             if grad is not None:
@@ -185,16 +183,13 @@ class Optimizer:
             return {"momentum": self.muon.state[name]} if name in self.muon.state else {}
         return self.adamw.state.get(self.params[name], {})
 
-    # -- checkpoint: tensors by name, and plain numbers
+    # -- checkpoint: tensors by name; those of tables are saved with their rows
 
     def state_dict(self) -> dict[str, Tensor]:
         moments = {f"{name}/{key}": t for name in self.params for key, t in self._moments(name).items()}
         return moments | {f"{name}/{VALUE}": self.params[name].detach() for name in sorted(self.guests)}
 
-    def scalars(self) -> dict[str, Any]:
-        return {"table_steps": self.table_steps}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], strict: bool = True) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
         """Replace all state. ``strict=False`` passes over moments of parameters that are gone or changed optimizer.
 
         Parameters without stored moments start without; guests that have not joined yet are waited for. Raises UserError
@@ -229,7 +224,6 @@ class Optimizer:
             else:  # the step count is a 0-d tensor that only the fused form keeps on the device
                 fused = self.adamw.defaults["fused"]
                 self.adamw.state[p] = {k: t.to(p.device) if t.ndim or fused else t for k, t in moments.items()}
-        self.table_steps = scalars.get("table_steps", 0)
 
 
 def _owner(key: str) -> str:

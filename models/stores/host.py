@@ -70,7 +70,8 @@ class Host(Table):
         return self.wait(self.begin(rows))
 
     def begin(self, rows: Tensor) -> Tensor:
-        out = torch.empty(*rows.shape, self.width, dtype=self._arrays[VALUES].dtype, device=rows.device)
+        with torch.inference_mode(False):  # the mode is the caller's alone, and the background thread writes into this
+            out = torch.empty(*rows.shape, self.width, dtype=self._arrays[VALUES].dtype, device=rows.device)
         self._flights[out.data_ptr()] = self._submit(self._fill, rows, out.detach())
         return out
 
