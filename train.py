@@ -72,6 +72,8 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
     torch.manual_seed(cfg.seed + w.rank)  # dropout; weights and data order have generators of their own
 
     model = build(cfg.model, cfg.seed, w.device)
+    if data.tokenizer is not None:
+        model.use_tokenizer(data.tokenizer.json())
     model.recompute = t.recompute
     if args.init_from:
         say(w, checkpoint.init_from(model, args.init_from))

@@ -292,6 +292,11 @@ class LM(nn.Module):
         with torch.no_grad():
             self.progress.zero_()
 
+    def use_tokenizer(self, tokenizer_json: str) -> None:
+        """Tell a new model what its ids spell, for memories that are addressed by text. Raises UserError where that cannot be."""
+        for module in self.addressing.values():
+            module.use_tokenizer(tokenizer_json)  # pyright: ignore[reportCallIssue]
+
     def meta(self) -> dict[str, ParamMeta]:
         """Of every parameter, by full name."""
         embedding = ParamMeta(role="embedding", decay=False, optimizer="adamw")

@@ -21,6 +21,9 @@ class Addressing(nn.Module):
     def reset_parameters(self) -> None:
         """Fill the buffers (hash multipliers, token maps), which hold garbage after ``to_empty``."""
 
+    def use_tokenizer(self, tokenizer_json: str) -> None:
+        """What the ids spell, for an addressing that asks; once, when a model is new. A saved one knows."""
+
     def init_state(self, batch: int, device: torch.device | str) -> State:
         return ()
 

@@ -159,7 +159,7 @@ class Part(nn.Module):
     """
 
     Config: ClassVar[type]
-    sees_branches: ClassVar[bool] = False  # True: a memory that gets and returns all residual branches [B, T, M, D]
+    sees_branches: bool = False  # True: a memory that gets and returns all residual branches [B, T, M, D]
 
     def __init__(self, cfg: Any, site: Site) -> None:
         super().__init__()

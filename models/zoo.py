@@ -28,7 +28,9 @@ CHANNELS = {
     "structured_ffn": "models.channels.structured:StructuredFFN",
     "moe": "models.channels.moe:MoE",
 }
-MEMORIES: dict[str, str] = {}
+MEMORIES = {
+    "engram": "models.memories.engram:Engram",
+}
 TABLE = {"mixer": MIXERS, "channel": CHANNELS, "memory": MEMORIES}
 
 _foreign = False

@@ -34,6 +34,19 @@ def _gmt(name: str, **options: Any) -> Case:
     return _part("channel", name, part, nonlinear=("usage", "target_usage"), held=("tracking",), dropout=0.0)
 
 
+ENGRAM = {"kind": "engram", "heads": 2, "row_width": 3, "base": 37}
+
+
+def _engram(name: str, taps: int = 4, branches: int = 1, gates: int | None = None, **options: Any) -> Case:
+    """Counted beside the projection, in both layers: the agreement and the taps of each gate."""
+    part = {**ENGRAM, "conv": taps, **options}
+    other = 2 * (gates or branches) * (2 * 16 + 2 * taps * 16)
+    if branches == 1:
+        return _part("memory", name, part, other_flops=other)
+    other += 2 * (0 if gates is None else 2 * branches * 16)
+    return Case(name, model={"branches": branches, "blocks": {"a": {"memory": part}}}, other_flops=other)
+
+
 EMA = {"kind": "tests.toys:ToyEMA"}
 SLOTS_TOY = {"kind": "tests.toys:ToySlots"}
 BRANCHES_HASH = {"kind": "tests.toy_memory:ToyHashBranches"}
@@ -126,6 +139,14 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _moe("moe-loss", experts=4, shared=0, score="softmax", balance="loss"),
         _moe("moe-one", experts=3, top_k=1, shared=2, router_norm="none", balance="none", scale=2.5),
         _moe("moe-all", experts=3, top_k=3, shared=0, score="softmax", router_norm="none", balance="none"),
+    ],
+    ("memory", "engram"): [
+        _engram("engram"),
+        _engram("engram-bare", taps=0, orders=[2, 3, 4], gate="sigmoid", compression="none"),
+        _engram("engram-wide", taps=2, dilation=4, gate="sigmoid", base=[41, 30]),
+        _engram("engram-branches", branches=4),
+        _engram("engram-branches-bare", taps=0, branches=4, gate="sigmoid"),
+        _engram("engram-read", branches=4, gates=1, per_branch=False),
     ],
     ("channel", "structured_ffn"): [
         _structured("low_rank", rank=5),

@@ -132,7 +132,7 @@ def _compiled_equals_eager(case: Case, backend: str, dtype: torch.dtype) -> None
         learned = [p for p in block.parameters() if p.requires_grad]
         said = {}
         for name, run in (("eager", block), ("compiled", compiled)):
-            x = torch.randn(2, 6, *([3] if model.cfg.branches > 1 else []), 16, dtype=dtype)
+            x = torch.randn(2, 6, *([model.cfg.branches] if model.cfg.branches > 1 else []), 16, dtype=dtype)
             x = x.copy_(torch.linspace(-1, 1, x.numel()).view_as(x)).requires_grad_()
             y, _, aux = run(x, ctx)
             (y.square().sum() + sum(aux.losses.values())).backward(inputs=[x, *learned])

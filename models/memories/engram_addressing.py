@@ -94,7 +94,7 @@ class EngramAddressing(Addressing):
         self.register_buffer("multipliers", torch.empty(L, orders + 1, dtype=torch.int64))
         self.register_buffer("primes", torch.empty(L, orders, heads, dtype=torch.int64))
         self.register_buffer("offsets", torch.empty(L, orders, heads, dtype=torch.int64))
-        self.register_buffer("identity", torch.empty(2, 32, dtype=torch.uint8))
+        self.register_buffer("identity", torch.empty(2, 4, dtype=torch.int64))  # hashes of 32 bytes
 
     @property
     def classes(self) -> int:
@@ -137,24 +137,24 @@ class EngramAddressing(Addressing):
         drawn = [draw_multipliers(self.classes, self.max_order, key, self.seed) for key in self.keys]
         self.canonical.copy_(torch.from_numpy(self.compression.canonical))
         self.multipliers.copy_(torch.tensor(drawn))
-        self.identity.copy_(torch.tensor([list(self._facts()), list(self._map())], dtype=torch.uint8))
+        self.identity.copy_(torch.tensor([self._facts(), self._map()]))
 
-    def _facts(self) -> bytes:
+    def _facts(self) -> list[int]:
         """What the addresses are a function of beside the map, hashed."""
         facts = (self.kind, self.pad_token, self.keys, self.bases, self.heads, self.seed)
-        return hashlib.sha256(json.dumps(facts).encode()).digest()
+        return _words(hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
-    def _map(self) -> bytes:
-        return bytes.fromhex(self.compression.sha256)
+    def _map(self) -> list[int]:
+        return _words(self.compression.sha256)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored, canonical = (state_dict.get(f"{prefix}{name}") for name in ("identity", "canonical"))
         if stored is not None and canonical is not None:
-            facts, sha = (bytes(row) for row in stored.tolist())
+            facts, tokens = stored.tolist()
             if facts != self._facts():
                 what = "pad, seed, table size, compression or list of layer keys"
                 raise UserError(f"engram: the saved addresses belong to another {what}: {OTHER_ROWS}")
-            if self.final and sha != self._map():
+            if self.final and tokens != self._map():
                 raise UserError(f"engram: the saved addresses belong to another token map: {OTHER_ROWS}")
             ids = canonical.cpu().numpy()
             self.compression, self.final = Compression(ids, int(ids.max()) + 1), True
@@ -191,3 +191,8 @@ class EngramAddressing(Addressing):
             if wrong.any():
                 raise UserError(f"engram: token {int(tokens[wrong][0])} is outside the vocabulary of {vocab}")
         return torch.where(known, self.canonical[torch.where(known, tokens, 0)].long(), DEAD)
+
+
+def _words(digest: str) -> list[int]:
+    """A hash in hexadecimal, as a buffer holds it."""
+    return np.frombuffer(bytes.fromhex(digest), dtype="<i8").tolist()
