@@ -319,6 +319,10 @@ def judge(cfg: RunConfig, folder: Path) -> None:
         from eval.baselines import run_baselines, table
 
         print(table(run_baselines(folder)))
+    if cfg.eval.frequency:
+        from eval import frequency
+
+        print(frequency.table(frequency.run_frequency(folder, cfg.eval.frequency, cfg.train.device)))
     if cfg.eval.tasks:
         from eval.judge import evaluate, print_table
 

@@ -79,6 +79,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # lm-eval tasks, or "corpus": tasks made from the run's own validation text
     limit: int | None = None
     baselines: bool = False  # byte n-gram count models and xz on the same text
+    frequency: int = 0  # validation loss by how often the last so-many tokens were seen in training; 0: not
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.data.synthetic is None:
             return
-        if self.eval.tasks or self.eval.baselines:
+        if self.eval.tasks or self.eval.baselines or self.eval.frequency:
             raise UserError(
-                "eval.tasks and eval.baselines judge text; a run on data.synthetic always reports its accuracy"
+                "eval.tasks, eval.baselines and eval.frequency judge text; a run on data.synthetic always reports its accuracy"
             )
         if not self.train.val_tokens:
             raise UserError("train.val_tokens=0 means all, and the rows of data.synthetic have no end: give a number")
