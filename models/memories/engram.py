@@ -171,7 +171,7 @@ class Engram(Part):
         keys = [part.key for part in parts]
         found = EngramAddressing(first.site.vocab_size, keys, cfg.bases, cfg.heads, cfg.pad, cfg.seed, cfg.compression)
         for part, primes in zip(parts, table_primes(len(keys), cfg.bases, cfg.heads), strict=True):
-            part.table = build_store(part.cfg.store, sum(map(sum, primes)), cfg.row_width)
+            part.table = build_store(part.cfg.store, sum(map(sum, primes)), part.cfg.row_width)
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engram:
