@@ -16,6 +16,7 @@ from data import ByteTokenizer
 from eval import inspect
 from eval.inspection import gmt as instrument
 from eval.inspection import gmt_pictures as pictures
+from eval.inspection.figures import short
 from eval.inspection.gmt_hooks import cells, changed
 from eval.inspection.text import Text, cut, loss, text_of
 from eval.report import read_metrics
@@ -461,10 +462,10 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
 
 
 def test_labels_are_safe_on_an_axis():
-    assert pictures._label("$x$") == r"\$x\$"
-    assert pictures._label("日本") == "\\u65e5\\u672c"
-    assert pictures._label("\\n␣␣␣␣␣␣␣␣") == "\\n␣×8"
-    assert pictures._label("a_rather_long_name") == "a_rather_lo…"
+    assert short("$x$") == r"\$x\$"
+    assert short("日本") == "\\u65e5\\u672c"
+    assert short("\\n␣␣␣␣␣␣␣␣") == "\\n␣×8"
+    assert short("a_rather_long_name") == "a_rather_lo…"
 
 
 def test_long_histories_are_thinned():

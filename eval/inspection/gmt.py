@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.inspection import gmt_hooks
+from eval.inspection.curves import curves
 from eval.inspection.gmt_hooks import Hopper, ablate, cells, changed, check, standard
 from eval.inspection.gmt_pictures import draw
 from eval.inspection.numbers import number, plain
@@ -45,7 +46,6 @@ __all__ = [
 ABLATIONS = gmt_hooks.ABLATIONS
 LISTED, CLOSEST = 8, 3  # kinds of token, and single tokens, that are told of a slot
 ROWS, COLUMNS = 28, 24  # of the map of tokens and slots
-POINTS = 1000  # of a curve over training
 BINS = 40  # of a histogram of cosines
 
 
@@ -257,27 +257,8 @@ def slot_lists(seen: Seen, shown: Sequence[str], places: Sequence[str]) -> list[
 
 
 def history(model: LM, records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Lines of ``metrics.jsonl`` -> curves: ``losses`` by name and ``stats`` by name and layer, each a list beside ``tokens``
-    (trained on), and ``validation``, pairs of tokens and loss. None if the run has logged nothing of its cells."""
-    prefixes = {layer: f"layers.{layer}.channel." for layer in cells(model)}
-    lines = [r for r in records if "losses" in r and _stats_under(prefixes.values(), r)]
-    if not lines:
-        return None
-    lines = lines[:: -(-len(lines) // POINTS)]
-    names = sorted({name.rpartition(".")[2] for name in _stats_under(prefixes.values(), lines[-1])})
-    return {
-        "tokens": [r["tokens"] for r in lines],
-        "losses": {name: plain([r["losses"].get(name) for r in lines]) for name in lines[-1]["losses"]},
-        "stats": {
-            name: {str(n): plain([r["stats"].get(prefix + name) for r in lines]) for n, prefix in prefixes.items()}
-            for name in names
-        },
-        "validation": [[r["tokens"], plain(r["val"].get("loss"))] for r in records if "val" in r and "tokens" in r],
-    }
-
-
-def _stats_under(prefixes: Iterable[str], record: dict[str, Any]) -> list[str]:
-    return [name for name in record.get("stats", {}) if name.startswith(tuple(prefixes))]
+    """Lines of ``metrics.jsonl`` -> curves (`eval.inspection.curves`) of what the cells log."""
+    return curves(records, {layer: f"layers.{layer}.channel." for layer in cells(model)})
 
 
 def changes(earlier: LM, model: LM, text: Text) -> dict[str, Any]:

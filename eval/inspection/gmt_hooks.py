@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from eval.inspection import hooks
 from kernels.gmt_cell import Hop
 from models import LM, UserError
 from models.channels.gmt import GMT, Tables
@@ -34,17 +35,8 @@ def cells(model: LM) -> dict[int, GMT]:
 @contextlib.contextmanager
 def changed(over: Iterable[GMT], change: Change) -> Iterator[None]:
     """Inside, these cells hop as ``change`` makes it of the way they did. Of nested changes the last made acts first."""
-    before = [(cell, vars(cell).get("hop")) for cell in over]
-    for cell, _ in before:
-        vars(cell)["hop"] = change(cell.hop)
-    try:
+    with hooks.changed(over, "hop", lambda _, hop: change(hop)):
         yield
-    finally:
-        for cell, hop in before:
-            if hop is None:
-                del vars(cell)["hop"]
-            else:
-                vars(cell)["hop"] = hop
 
 
 def uniform_edges(hop: Hopper) -> Hopper:
@@ -132,7 +124,7 @@ def _parse(model: LM, spec: str) -> tuple[Change, list[GMT]]:
         form = next(f for f in ABLATIONS if f.startswith(name))
         raise UserError(f"--ablate {spec}: write it as {form}")
     layer = where if at else value if name == "zero_block" else None
-    over = list(here.values()) if layer is None else [here[_number(spec, "layer", layer, here)]]
+    over = list(here.values()) if layer is None else [here[hooks.one_of(spec, "layer", layer, here)]]
     if name == "uniform_edges":
         return uniform_edges, over
     if name == "zero_block":
@@ -140,14 +132,4 @@ def _parse(model: LM, spec: str) -> tuple[Change, list[GMT]]:
     fewest = min(cell.cfg.slots for cell in over)
     if fewest < 3:
         raise UserError(f"--ablate {spec}: with {fewest} slots there is no graph left without one")
-    return without_slot(_number(spec, "slot", value, range(fewest))), over
-
-
-def _number(spec: str, what: str, text: str, valid: Iterable[int]) -> int:
-    among = [*valid]
-    if not text.isdigit() or int(text) not in among:
-        shown = (
-            f"{among[0]} to {among[-1]}" if among == [*range(among[0], among[-1] + 1)] else ", ".join(map(str, among))
-        )
-        raise UserError(f"--ablate {spec}: no {what} '{text}'; there are {shown}")
-    return int(text)
+    return without_slot(hooks.one_of(spec, "slot", value, range(fewest))), over

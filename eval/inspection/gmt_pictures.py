@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.inspection.figures import (
+    Found,
+    ablations,
+    engineering,
+    floats,
+    head,
+    heading,
+    heat,
+    name_layers,
+    panel_grid,
+    save,
+    shade,
+    short,
+    start_at_zero,
+    whole_numbers,
+)
 from eval.inspection.numbers import number
 
 SOURCE, TARGET, THIRD = "C0", "C1", "C2"
 SHOWN = 24  # slots on either side of a flow, the most used ones
-LABELLED = 12  # layers that a legend can hold; more get a colour bar
-LONGEST = 12  # characters of a token on an axis
-TICKS = 40  # labels on an axis of a map
-
-Found = dict[str, Any]
 
 
 def draw(found: Found, folder: Path) -> list[Path]:
@@ -29,11 +39,7 @@ def draw(found: Found, folder: Path) -> list[Path]:
         made["gmt-ablations"] = ablations(found)
     if found["training"]:
         made["gmt-training"] = training(found["training"])
-    paths = []
-    for name, figure in made.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(str(paths[-1]))
-    return paths
+    return save(made, folder)
 
 
 # -- all layers
@@ -43,7 +49,7 @@ def overview(found: Found) -> Any:
     """One panel for each number, layers along x; bands hold the middle 80 % of the tokens."""
     layers = found["layers"]
     x = np.array([layer["layer"] for layer in layers])
-    figure, panels = _panels(4, 3, 15, 13)
+    figure, panels = panel_grid(4, 3, 15, 13)
 
     def line(axes: Any, key: str, label: str, color: str, style: str = "-") -> None:
         axes.plot(
@@ -57,8 +63,8 @@ def overview(found: Found) -> Any:
     def panel(axes: Any, title: str, unit: str, from_zero: bool = True, legend: bool = True) -> None:
         axes.set(title=title, ylabel=unit, xlabel="layer")
         if from_zero:
-            _from_zero(axes)
-        _whole_numbers(axes, x)
+            start_at_zero(axes)
+        whole_numbers(axes, x)
         if legend:
             axes.legend(frameon=False, fontsize=9)
 
@@ -105,23 +111,7 @@ def overview(found: Found) -> Any:
     line(a[11], "slot_cosine", "cosine of two slots", SOURCE)
     line(a[11], "coverage", "coverage: 1 - cosine to the next", TARGET)
     panel(a[11], "where slots stand, means over slots", "cosine; 1 - cosine", from_zero=False)
-    _head(figure, _heading(found))
-    return figure
-
-
-def ablations(found: Found) -> Any:
-    """What the loss on the text gains or loses without something."""
-    names = [a["name"] for a in found["ablations"]]
-    change = _floats([a["loss"] for a in found["ablations"]]) - number(found["loss"])
-    figure = _figure(9, 1.6 + 0.34 * len(names))
-    axes = figure.add_subplot()
-    bars = axes.barh(names, change, color=["C3" if c > 0 else THIRD for c in change])
-    axes.bar_label(bars, [f"{c:+.4f}" for c in change], padding=4, fontsize=9)
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.margins(x=0.2)
-    axes.invert_yaxis()
-    axes.set(xlabel="change of the loss (nats per token); above zero: it was of use", title=_heading(found))
-    _plain_axes(axes)
+    head(figure, heading(found))
     return figure
 
 
@@ -130,16 +120,16 @@ def ablations(found: Found) -> Any:
 
 def page(layer: Found) -> Any:
     """Usage, entropies and edges; where tokens go, which slot is whose, how slots stand to each other."""
-    figure, panels = _panels(2, 3, 19, 12.5)
-    by_source = np.argsort(-_floats(layer["usage"]["source"]), kind="stable")
-    by_target = np.argsort(-_floats(layer["usage"]["target"]), kind="stable")
+    figure, panels = panel_grid(2, 3, 19, 12.5)
+    by_source = np.argsort(-floats(layer["usage"]["source"]), kind="stable")
+    by_target = np.argsort(-floats(layer["usage"]["target"]), kind="stable")
     _usage(panels[0, 0], layer)
     _entropies(panels[0, 1], layer)
     _edges(panels[0, 2], layer, by_source, by_target)
     _flow(panels[1, 0], layer)
     _affinity(panels[1, 1], layer)
     _cosines(panels[1, 2], layer)
-    _head(figure, f"layer {layer['layer']}: {layer['slots']} slots, {len(layer['per_token']['nearest']):,} tokens")
+    head(figure, f"layer {layer['layer']}: {layer['slots']} slots, {len(layer['per_token']['nearest']):,} tokens")
     return figure
 
 
@@ -147,7 +137,7 @@ def _usage(axes: Any, layer: Found) -> None:
     labels = {"source": "source, on this text", "target": "target, on this text", "training": "source, in training"}
     rank = np.arange(1, layer["slots"] + 1)
     for (key, label), color in zip(labels.items(), (SOURCE, TARGET, THIRD), strict=True):
-        axes.plot(rank, -np.sort(-_floats(layer["usage"][key])), color=color, marker=".", label=label)
+        axes.plot(rank, -np.sort(-floats(layer["usage"][key])), color=color, marker=".", label=label)
     axes.axhline(1 / layer["slots"], color="0.5", linestyle=":", label="all alike")
     axes.axhline(_number(layer, "dead_below"), color="C3", linestyle=":", label="dead below")
     axes.set_yscale("log")
@@ -166,8 +156,8 @@ def _entropies(axes: Any, layer: Found) -> None:
 
 
 def _edges(axes: Any, layer: Found, rows: np.ndarray, columns: np.ndarray) -> None:
-    edges = _floats(layer["edges"])[rows][:, columns]
-    _heat(axes, edges, "probability (square-root scale)", [str(i) for i in rows], [str(i) for i in columns], "sqrt")
+    edges = floats(layer["edges"])[rows][:, columns]
+    heat(axes, edges, "probability (square-root scale)", [str(i) for i in rows], [str(i) for i in columns], "sqrt")
     axes.set(title="edges", xlabel="to slot, by falling target usage", ylabel="from slot, by falling source usage")
 
 
@@ -178,7 +168,7 @@ def _flow(axes: Any, layer: Found) -> None:
     rows, columns = _largest(counts.sum(1)), _largest(counts.sum(0))
     shown = counts[rows][:, columns]
     names = {s["slot"]: s for s in layer["lists"]}
-    _heat(
+    heat(
         axes,
         np.where(shown > 0, shown, np.nan),
         "tokens",
@@ -196,13 +186,13 @@ def _flow(axes: Any, layer: Found) -> None:
 
 def _affinity(axes: Any, layer: Found) -> None:
     found = layer["affinity"]
-    tokens, slots = [_label(t) for t in found["tokens"]], [str(s) for s in found["slots"]]
-    _heat(axes, _floats(found["weight"]), "mean source weight", tokens, slots)
+    tokens, slots = [short(t) for t in found["tokens"]], [str(s) for s in found["slots"]]
+    heat(axes, floats(found["weight"]), "mean source weight", tokens, slots)
     axes.set(title="affinity of tokens and slots", xlabel="slot, by tokens nearest to it", ylabel="frequent tokens")
 
 
 def _cosines(axes: Any, layer: Found) -> None:
-    counts = _floats(layer["cosines"])
+    counts = floats(layer["cosines"])
     edges = np.linspace(-1, 1, len(counts) + 1)
     axes.stairs(counts / 2, edges, fill=True, color=SOURCE, alpha=0.6)
     axes.axvline(_number(layer, "slot_cosine"), color="0.3", linestyle=":", label="mean")
@@ -219,22 +209,7 @@ def _largest(totals: np.ndarray) -> np.ndarray:
 
 
 def _kinds(counted: Sequence[tuple[str, int]]) -> str:
-    return " ".join(_label(token) for token, _ in counted[:2])
-
-
-def _heat(
-    axes: Any, values: np.ndarray, unit: str, rows: Sequence[str], columns: Sequence[str], scale: str = "linear"
-) -> None:
-    from matplotlib.colors import LogNorm, Normalize, PowerNorm
-
-    top = float(np.max(values, where=np.isfinite(values), initial=0.0)) or 1.0
-    norms = {"linear": Normalize(0, top), "sqrt": PowerNorm(0.5, 0, top), "log": LogNorm(1, max(top, 2))}
-    image = axes.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest", norm=norms[scale])
-    axes.figure.colorbar(image, ax=axes, label=unit, pad=0.02)
-    axes.grid(visible=False)
-    for ticks, labels, rotation in ((axes.yaxis, rows, 0), (axes.xaxis, columns, 90)):
-        step = -(-len(labels) // TICKS)
-        ticks.set_ticks(range(0, len(labels), step), labels[::step], fontsize=8, rotation=rotation)
+    return " ".join(short(token) for token, _ in counted[:2])
 
 
 # -- over training
@@ -242,17 +217,17 @@ def _heat(
 
 def training(curves: Found) -> Any:
     """Losses, and each number that a cell logs, one curve for each layer."""
-    figure, panels = _panels(4, 3, 15, 13)
-    x = _floats(curves["tokens"])
+    figure, panels = panel_grid(4, 3, 15, 13)
+    x = floats(curves["tokens"])
     layers = sorted({int(n) for stat in curves["stats"].values() for n in stat})
     a = panels.flat
-    a[0].plot(x, _floats(curves["losses"]["lm"]), color=SOURCE, alpha=0.7, label="training")
+    a[0].plot(x, floats(curves["losses"]["lm"]), color=SOURCE, alpha=0.7, label="training")
     if curves["validation"]:
-        a[0].plot(*_floats(curves["validation"]).T, "o--", color=TARGET, markersize=4, label="validation")
+        a[0].plot(*floats(curves["validation"]).T, "o--", color=TARGET, markersize=4, label="validation")
     a[0].set(title="loss", ylabel="nats per token")
     a[0].legend(frameon=False, fontsize=9)
     for i, (name, raw) in enumerate((n, v) for n, v in curves["losses"].items() if n.startswith("gmt.")):
-        values = _floats(raw)
+        values = floats(raw)
         label = name.partition(".")[2] + ("" if values.any() else " (zero)")
         a[1].plot(x, np.where(values > 0, values, np.nan), color=f"C{i}", label=label)
     a[1].set(title="losses of the cells, mean over layers", ylabel="before their weights", yscale="log")
@@ -272,90 +247,18 @@ def training(curves: Found) -> Any:
         for n in layers:
             values = curves["stats"].get(stat, {}).get(str(n))
             if values is not None:
-                axes.plot(x, _floats(values), color=_shade(n, layers), linewidth=1.2, label=str(n))
+                axes.plot(x, floats(values), color=shade(n, layers), linewidth=1.2, label=str(n))
         axes.set(title=title, ylabel=unit)
         if stat in ("dead_slots", "at_floor"):
-            _from_zero(axes)
-    _name_layers(figure, a[11], layers)
+            start_at_zero(axes)
+    name_layers(figure, a[11], layers)
     for axes in a[:11]:
         axes.set(xlabel="training tokens")
-        axes.xaxis.set_major_formatter(_engineering())
+        axes.xaxis.set_major_formatter(engineering())
     return figure
 
 
-def _name_layers(figure: Any, axes: Any, layers: Sequence[int]) -> None:
-    """A legend in a panel of its own, or a colour bar."""
-    axes.set_axis_off()
-    if len(layers) > LABELLED:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-
-        shades = ScalarMappable(Normalize(layers[0], layers[-1]), "viridis")
-        figure.colorbar(shades, ax=axes, label="layer", orientation="horizontal")
-        return
-    for n in layers:
-        axes.plot([], [], color=_shade(n, layers), label=f"layer {n}")
-    axes.legend(frameon=False, loc="center")
-
-
-def _shade(layer: int, layers: Sequence[int]) -> Any:
-    from matplotlib import colormaps
-
-    span = layers[-1] - layers[0]
-    return colormaps["viridis"](0.9 * (layer - layers[0]) / span if span else 0.0)
-
-
-# -- axes
-
-
-def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    figure = _figure(width, height)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat:
-        _plain_axes(axes)
-    return figure, panels
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _head(figure: Any, text: str) -> None:
-    figure.suptitle(text, fontsize=14, fontweight="bold")
-
-
-def _plain_axes(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _from_zero(axes: Any) -> None:
-    """Also where everything is zero, or not finite."""
-    top = axes.dataLim.y1
-    axes.set_ylim(0, 1.08 * top if np.isfinite(top) and top > 0 else 1)
-
-
-def _whole_numbers(axes: Any, x: np.ndarray) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(x.min() - 0.5, x.max() + 0.5)
-
-
-def _engineering() -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter()
-
-
-def _heading(found: Found) -> str:
-    what = f"{found['run']}, step {found['step']:,}: {len(found['tokens']):,} tokens"
-    return f"{what}, loss {number(found['loss']):.4f} nats per token"
+# -- numbers of a layer
 
 
 def _number(layer: Found, key: str) -> float:
@@ -363,18 +266,4 @@ def _number(layer: Found, key: str) -> float:
 
 
 def _tokens(layer: Found, key: str) -> np.ndarray:
-    return _floats(layer["per_token"][key])
-
-
-def _floats(values: Sequence[Any]) -> np.ndarray:
-    """None, which stands for what is no number, as NaN."""
-    return np.array(values, dtype=np.float64)
-
-
-def _label(token: str) -> str:
-    """A token as an axis can show it: short, in letters that every font has, and no formula."""
-    token = re.sub(r"(.)\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", token)
-    if len(token) > LONGEST:
-        token = token[: LONGEST - 1] + "…"
-    letters = (c if ord(c) < 0x250 or c in "␣…" else c.encode("unicode_escape").decode() for c in token)
-    return "".join(letters).replace("$", r"\$")
+    return floats(layer["per_token"][key])
