@@ -24,6 +24,9 @@ class Addressing(nn.Module):
     def use_tokenizer(self, tokenizer_json: str) -> None:
         """What the ids spell, for an addressing that asks; once, when a model is new. A saved one knows."""
 
+    def must_agree(self, source: Any) -> None:
+        """Raise UserError where a table that ``source`` (of the same class) addressed would have other rows here."""
+
     def init_state(self, batch: int, device: torch.device | str) -> State:
         return ()
 

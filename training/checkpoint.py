@@ -119,6 +119,8 @@ def init_from(model: LM, source: str) -> str:
     _must_fit(
         source, {n: (t.rows, t.width) for n, t in tables.items()}, {n: (t.rows, t.width) for n, t in stores.items()}
     )
+    for name, addressing in other.addressing.items():
+        model.addressing[name].must_agree(addressing)  # pyright: ignore[reportCallIssue]
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)

@@ -160,6 +160,21 @@ class EngramAddressing(Addressing):
             self.compression, self.final = Compression(ids, int(ids.max()) + 1), True
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def must_agree(self, source: Addressing) -> None:
+        assert isinstance(source, EngramAddressing)
+        same = self.pad == source.pad and self.compression.sha256 == source.compression.sha256
+        for key, numbers in source._numbers().items():
+            if not same or self._numbers().get(key) != numbers:
+                raise UserError(
+                    f"engram: the rows of layer key {key} would be those of other n-grams: "
+                    "its token map, pad, seed, sizes or place in the list differ"
+                )
+
+    def _numbers(self) -> dict[int, Any]:
+        """What each layer hashes with, by key."""
+        drawn = zip(self.multipliers.tolist(), self.primes.tolist(), strict=True)
+        return dict(zip(self.keys, drawn, strict=True))
+
     def init_state(self, batch: int, device: torch.device | str) -> State:
         """The last N-1 canonical ids [B, N-1], oldest first."""
         return torch.full((batch, self.max_order - 1), DEAD, dtype=torch.int64, device=device)
