@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode|context|eval|recall [--out FILE]: ratios against peers in one run; bench readme: its tables.
+"""python -m bench kernels|train|decode|context|tables|eval|recall [--out FILE]: ratios against peers in one run; bench readme.
 
 `bench kernels --compile-only` measures nothing: it compiles every kernel configuration, and exits with 1 if one fails the gate.
 """
@@ -25,6 +25,7 @@ from bench import (
     readme,
     recall,
     scans,
+    tables,
     train,
 )
 from bench import compile as ahead
@@ -83,6 +84,10 @@ def run_context(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, context.table(rows)
 
 
+def run_tables(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    return tables.run(args.pairs, args.tiny)
+
+
 def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     rows = [evaluation.measure(width, 4, args.pairs, batch=16) for width in (128, 256)]
     return rows, evaluation.table(rows)
@@ -100,6 +105,7 @@ BENCHES = {
     "decode": run_decode,
     "context": run_context,
     "kernels": run_kernels,
+    "tables": run_tables,
     "eval": run_eval,
     "recall": run_recall,
 }
@@ -121,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table, and a .json beside it")
-    parser.add_argument("--tiny", action="store_true", help="with kernels: what a GPU runs, at shapes for a CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="with kernels: what a GPU runs, and with tables: small shapes"
+    )
     parser.add_argument(
         "--compile-only", action="store_true", help="with kernels: ahead of time, for GPUs that are not here"
     )

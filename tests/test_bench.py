@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cells, context, floors, gpu_layers, gpu_scans, kernels, scans
+from bench import cells, context, floors, gpu_layers, gpu_scans, kernels, scans, tables
 from bench.floors import Floor, Peaks
 from bench.scans import SCANS, Shape
 
@@ -127,6 +127,31 @@ def test_context(name: str, monkeypatch: pytest.MonkeyPatch):
     assert (sizes[16] == sizes[48]) == (name != "attention")
     assert row["ratio"] > 0
     assert f"{sizes[48]:,}" in context.table([row])
+
+
+def test_tables_beside_a_step():
+    """Both addresses agree, so there is a speed; the work does not grow with the table, and the rows are those of the addressing."""
+    rows, text = tables.run(pairs=2, tiny=True)
+    about, *sizes = rows
+    assert about["addressing_ratio"]["median"] > 0
+    for size, row in zip((2_000, 10_000), sizes, strict=True):
+        assert size <= row["rows"] < 3 * size
+        assert row["bytes"] == row["rows"] * (16 + 1 + 1) * 4
+        assert row["looked_up"] == 2 * 16 * 2 * 48
+        assert 0 < row["distinct"] < row["looked_up"]
+        assert row["share"] == pytest.approx(
+            (row["addressing_s"] + row["gather_s"] + row["update_s"]) / about["step_s"]
+        )
+        assert f"{row['rows']:,}" in text
+    assert "times as fast" in text
+    json.dumps(rows)
+
+
+def test_no_speed_for_other_addresses(monkeypatch: pytest.MonkeyPatch):
+    hashed = tables.published_hash
+    monkeypatch.setattr(tables, "published_hash", lambda *x: {k: v + 1 for k, v in hashed(*x).items()})
+    with pytest.raises(RuntimeError, match="no speed is reported"):
+        tables.addressing_ratio(tables.TINY, 2_000, 1)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kernels.row_update import Hyper
 
 
+PIECE = 1 << 17  # numbers updated at once on a CPU: what was gathered is still in its cache when it is written back
+
+
 def sum_rows(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """See `kernels.row_update.sum_rows`."""
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -43,10 +46,12 @@ def row_update(
     if rows is None:
         step(arrays, grad.to(values.dtype), hyper)
         return
-    held = [a.index_select(0, rows) for a in arrays]
-    step(held, grad.to(values.dtype), hyper)
-    for array, new in zip(arrays, held, strict=True):
-        array.index_copy_(0, rows, new)
+    size = max(1, PIECE // values.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    for some, g in zip(rows.split(size), grad.split(size), strict=True):
+        held = [a.index_select(0, some) for a in arrays]
+        step(held, g.to(values.dtype), hyper)
+        for array, new in zip(arrays, held, strict=True):
+            array.index_copy_(0, some, new)
 
 
 def _lazy_adam(arrays: Sequence[Tensor], grad: Tensor, hyper: Hyper) -> None:
@@ -72,7 +77,7 @@ def _rowwise(arrays: Sequence[Tensor], grad: Tensor, hyper: Hyper) -> None:
 def _debias(steps: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     """1 - beta^s of int steps, looked up: a power would have other bits in other places of a loop."""
     known = _corrections(beta, dtype, steps.device)
-    return known[steps.clamp(max=len(known) - 1)]
+    return known.index_select(0, steps.clamp(max=len(known) - 1))
 
 
 @functools.lru_cache(maxsize=16)
