@@ -1,5 +1,6 @@
 """``python -m models CONFIG [key=value ...]``: the model of a run file as a table, without building its weights;
-``python -m models match CONFIG --to OTHER``: the width that makes it as large as another, and ``--controls``: its rivals."""
+``python -m models match CONFIG --to OTHER``: the width that makes it as large as another; ``--controls``: its
+rivals; ``--rho``: experts or tables."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from models import zoo
+from models.allocation import allocate
 from models.config import ModelConfig, model_config
 from models.errors import UserError, guard
 from models.match import BUDGETS, CONTROLS, control, match
@@ -46,13 +48,22 @@ def _match(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models match",
         description="Find the width, rank or number of heads with which a model is as large or as expensive as another; "
-        "or the dense and structured channels with which a model is as large and as expensive as it is.",
+        "or the dense and structured channels with which a model is as large and as expensive as it is; or how a mixture of "
+        "experts shares what its tokens do not touch with n-gram tables.",
         epilog="examples: python -m models match configs/quickstart.yaml --to configs/cpu-8m.yaml --vary d_model "
-        "--multiple-of 8; python -m models match configs/quickstart.yaml --controls",
+        "--multiple-of 8; python -m models match configs/quickstart.yaml --controls; "
+        "python -m models match configs/engram-moe-small.yaml --rho 0.6 0.8 1",
     )
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--to", metavar="OTHER", help="a run's YAML file, or a number")
     goal.add_argument("--controls", action="store_true", help="other channels in place of the model's own")
+    goal.add_argument(
+        "--rho",
+        metavar="SHARE",
+        type=float,
+        nargs="+",
+        help="of the sparse parameters that stay with experts, the others become rows of tables",
+    )
     parser.add_argument("--on", choices=BUDGETS, help="what is to be equal (default: params; for controls also flops)")
     parser.add_argument("--vary", metavar="FIELD", default="channel.hidden", help="what is free (default: %(default)s)")
     parser.add_argument("--multiple-of", type=int, default=1, help="of what the value must be one (default: 1)")
@@ -61,6 +72,10 @@ def _match(argv: list[str]) -> None:
     if args.controls:
         for on in [args.on] if args.on else ["params", "flops"]:
             _print_controls(args, on)
+        return
+    if args.rho:
+        for rho in args.rho:
+            print(allocate(args.model, rho, args.seq_len))
         return
     on = args.on or "params"
     to = _target(args.to)
