@@ -1,11 +1,11 @@
 """Experts or rows of an n-gram table: where do parameters help that a token does not touch?
 
 Engram's allocation law (arXiv:2601.07372, section 3) in small: a mixture of experts gives a share 1 - rho of its sparse parameters
-to hashed tables of two- and three-token n-grams; total parameters and operations per token stay (`models.allocation`). The paper finds
-the least loss at rho of 0.75 to 0.8, with ten times as many parameters as active ones; here they are six times as many. Beside that,
-the question that a dense model asks: the same memory on top of it, against a feed-forward layer that is wider by as many operations.
-Losses also by how often the last two tokens stood together in training: frequent n-grams are where a table can know something.
-Everything else is equal, the learning rates too. Another corpus: data.sources.0.path=FILE.
+to hashed tables of two- and three-token n-grams; total parameters and operations per token stay (`models.allocation`). The paper
+finds the least loss at rho of 0.75 to 0.8, with ten times as many parameters as active ones; here they are six times as many. Beside
+that, the question that a dense model asks: the same memory on top of it, against a feed-forward layer that is wider by as many
+operations. Losses also by how often the last two tokens stood together in training: frequent n-grams are where a table can know
+something. Everything else is equal, the learning rates too. Another corpus: data.sources.0.path=FILE.
 """
 
 from __future__ import annotations
