@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="FILE", help="results as JSON; default: RUN/eval/<name>_<step>.json")
     p.add_argument("--log-samples", action="store_true", help="also keep every request and answer")
     p.add_argument("--no-cache", action="store_true", help="neither use nor keep results of single requests")
+    p.add_argument("--tables", metavar="KIND", help="where tables are kept: resident, host, or mmap (left in the file)")
     p.add_argument("--allow-foreign", action="store_true", help="let a config run code from outside this repository")
     return p
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from eval.suites import suite
 
     tasks = suite(args.suite) if args.suite else [t.strip() for t in args.tasks.split(",") if t.strip()]
-    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress)
+    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress, args.tables)
     results = evaluate(
         run,
         tasks,

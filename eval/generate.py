@@ -120,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
     p.add_argument("--step", type=int, help="an older checkpoint")
     p.add_argument("--progress", type=float, metavar="P", help="as if training had come so far, 0 to 1 (temperatures)")
+    p.add_argument("--tables", metavar="KIND", help="where tables are kept: resident, host, or mmap (left in the file)")
     p.add_argument("--allow-foreign", action="store_true", help="let a config run code from outside this repository")
     return p
 
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     _check(args)
     prompt = _read_prompt(args)
-    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress)
+    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress, args.tables)
     decoder = _start(run, args, prompt)
     if args.samples > 1:
         decoder.select([0] * args.samples)

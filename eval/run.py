@@ -44,12 +44,13 @@ def open_run(
     step: int | None = None,
     allow_foreign: bool = False,
     progress: float | None = None,
+    tables: str | None = None,
 ) -> LoadedRun:
     """The newest whole checkpoint of a run folder (or that of ``step``), or an exported Hugging Face folder.
 
     ``dtype`` defaults to that of the stored weights. ``progress`` in [0, 1]: as if training had come that far, for parts that follow
-    it (a temperature); default: as far as it had. Raises UserError or DataError, one line each, for anything that is
-    missing, torn or does not fit together.
+    it (a temperature); default: as far as it had. ``tables``: the kind of store of its tables (`models.folder.with_tables`).
+    Raises UserError or DataError, one line each, for anything that is missing, torn or does not fit together.
     """
     path = Path(path)
     if progress is not None and not 0 <= progress <= 1:
@@ -58,7 +59,7 @@ def open_run(
     if allow_foreign:
         zoo.allow_foreign()
     if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
-        run = _open_exported(path, where, kind, step)
+        run = _open_exported(path, where, kind, step, tables)
     else:
         config = run_config(path)
         task = (config.get("data") or {}).get("synthetic")
@@ -66,7 +67,7 @@ def open_run(
             raise UserError(
                 f"{path}: trained on the task '{task.get('kind')}', which is no text; python -m eval.recall judges it"
             )
-        model, folder = load_model(path, where, kind, step)
+        model, folder = load_model(path, where, kind, step, tables)
         tokenizer = load_tokenizer(path / "tokenizer")
         found = int(folder.name.removeprefix("step_"))
         mark = sha256(folder / MANIFEST)
@@ -81,12 +82,14 @@ def open_run(
     return run
 
 
-def _open_exported(path: Path, device: torch.device, dtype: torch.dtype | None, step: int | None) -> LoadedRun:
+def _open_exported(
+    path: Path, device: torch.device, dtype: torch.dtype | None, step: int | None, tables: str | None
+) -> LoadedRun:
     from models.hf import load_pretrained
 
     if step:
         raise UserError(f"{path} is an exported model: it has no checkpoint of step {step}")
-    model, tokenizer = load_pretrained(path, device, dtype)
+    model, tokenizer = load_pretrained(path, device, dtype, tables)
     digest = hashlib.sha256()
     for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
         digest.update(f"{file.name} {sha256(file)}\n".encode())

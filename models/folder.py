@@ -14,17 +14,22 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.config import ModelConfig, model_config
+from models.config import BlockConfig, ModelConfig, model_config
 from models.errors import UserError, nearest
 from models.lm import LM, meta_model
+from models.parsing import choice, to_dict
+from models.stores import KINDS, with_kind
+from models.tensorfile import Blocks, MappedFile, ordered, write_tensors
+from models.types import SLOTS
 
 MANIFEST = "manifest.json"
 NEWER = "written by a newer version of this program"
@@ -93,21 +98,10 @@ def _fsync(path: Path) -> None:
 # -- weights
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Safetensors (with the header that transformers wants); raises OSError, not the library's own error, when the disk refuses."""
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(plain, str(path), metadata={"format": "pt"})
-    except OSError:
-        raise
-    except Exception as error:  # safetensors wraps I/O failures in an error of its own
-        raise OSError(f"{path.name}: {error}") from error
-
-
-def save_weights(model: LM, folder: Path) -> None:
+def save_weights(model: LM, folder: Path, tables: Mapping[str, Blocks] | None = None) -> None:
     """``model.safetensors`` (parameters and model memory) and, with row stores, ``tables.safetensors``."""
     write_tensors(model.state_dict(), folder / "model.safetensors")
-    save_tables(model, folder)
+    save_tables(model, folder, tables)
 
 
 def load_weights(model: LM, folder: Path) -> None:
@@ -116,25 +110,51 @@ def load_weights(model: LM, folder: Path) -> None:
     load_tables(model, folder)
 
 
-def save_tables(model: LM, folder: Path) -> None:
+def table_blocks(model: LM) -> dict[str, Blocks]:
+    """What `save_tables` writes: the arrays of every table, block by block.
+
+    Rows of a table that is split over ranks travel to rank 0 as it takes them, so the other ranks `send_tables` meanwhile.
+    """
+    found = {f"{name}/{k}": t for name, table in model.tables().items() for k, t in table.blocks_to_save().items()}
+    return ordered(found)
+
+
+def send_tables(tables: Mapping[str, Blocks]) -> None:
+    """Run `table_blocks` to their end: on ranks that do not write, and on the one that does when its disk has refused."""
+    for array in tables.values():
+        for _ in array.blocks:
+            pass
+
+
+def save_tables(model: LM, folder: Path, tables: Mapping[str, Blocks] | None = None) -> None:
     """Row stores are no parameters, so they travel in a file of their own; nothing is written where there are none."""
-    entries = {f"{name}/{k}": t for name, table in model.tables().items() for k, t in table.state_dict().items()}
-    if entries:
-        write_tensors(entries, folder / TABLES)
+    tables = table_blocks(model) if tables is None else tables
+    if tables:
+        write_tensors(tables, folder / TABLES)
 
 
 def load_tables(model: LM, folder: Path) -> None:
     """What `save_tables` wrote; raises UserError for a table that is not there."""
-    stores = model.tables()
-    entries = load_file(str(folder / TABLES)) if stores and (folder / TABLES).is_file() else {}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in entries.items():
-        name, _, entry = key.rpartition("/")
-        found.setdefault(name, {})[entry] = tensor
+    stores, file = model.tables(), folder / TABLES
+    found = {name.rpartition("/")[0] for name in MappedFile(file).names()} if stores and file.is_file() else set()
     for name, store in stores.items():
         if name not in found:
             raise UserError(f"{folder}: table '{name}' is missing{nearest(name, found)}")
-        store.load_state_dict(found[name])
+        store.load_file(file, name)
+
+
+def with_tables(cfg: ModelConfig, kind: str | None) -> ModelConfig:
+    """The same model with its tables, if it has any, in stores of another kind (`models.stores`); None: as they are."""
+    if kind is None:
+        return cfg
+    choice("kind of tables", kind, tuple(KINDS))
+    blocks = {
+        name: BlockConfig(**{slot: with_kind(getattr(block, slot), kind) for slot in SLOTS})
+        for name, block in cfg.blocks.items()
+    }
+    layers = cfg.layers()
+    at = {i: {slot: to_dict(with_kind(getattr(layers[i], slot), kind)) for slot in cfg.at[i] or ()} for i in cfg.at}
+    return replace(cfg, blocks=blocks, at=at)
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -196,10 +216,14 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     step: int | None = None,
+    tables: str | None = None,
 ) -> tuple[LM, Path]:
-    """-> (the model of a run with its newest good weights, in eval mode; the checkpoint folder used)."""
+    """-> (the model of a run with its newest good weights, in eval mode; the checkpoint folder used).
+
+    ``tables``: see `with_tables`.
+    """
     run = Path(run)
-    cfg: ModelConfig = model_config(run_config(run)["model"])
+    cfg = with_tables(model_config(run_config(run)["model"]), tables)
     folder = latest_checkpoint(run, step)
     model = meta_model(cfg).to_empty(device=device)
     load_weights(model, folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.row_update import sum_rows
+from models.tensorfile import Blocks, MappedFile
 from models.types import Ctx, ParamMeta, State
 
 
@@ -78,6 +80,19 @@ class RowStore:
         raise NotImplementedError
 
     # -- what a store may do better
+
+    def blocks_to_save(self) -> dict[str, Blocks]:
+        """The arrays of the whole table, for a file. Every rank must run through them."""
+        return {name: Blocks.of(t) for name, t in self.state_dict().items()}
+
+    def load_file(self, path: Path, name: str) -> None:
+        """`load_state_dict` of the arrays ``name/...`` in a file. Raises UserError where they do not fit."""
+        self.load_state_dict(MappedFile(path).under(name))
+
+    def grad_to_measure(self) -> Tensor | None:
+        """A tensor whose L2 norm is that of the whole table's gradient, over all ranks; None when nothing was fetched."""
+        taken = self.take_grad()
+        return None if taken is None else taken[1]
 
     def begin(self, rows: Tensor) -> Tensor:
         """As `read`, but the values may still be on their way: nobody looks at them before `wait`."""

@@ -21,6 +21,7 @@ from models.folder import (
     load_tables,
     save_tables,
     save_weights,
+    with_tables,
     write_tensors,
 )
 from models.hf import config as llama
@@ -108,14 +109,17 @@ def export_run(
 
 
 def load_pretrained(
-    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tables: str | None = None,
 ) -> tuple[LM, Path]:
-    """An exported folder, or a native checkpoint that we can read, as our own model.
+    """An exported folder, or a native checkpoint that we can read, as our own model. ``tables``: see `models.folder.with_tables`.
 
     -> (the model in eval mode, the folder of its tokenizer).
     """
     folder = Path(folder)
-    model = _open(folder, _read_config(folder), dtype)
+    model = _open(folder, _read_config(folder), dtype, tables)
     return model.to(device), folder
 
 
@@ -163,11 +167,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None) -> LM:
+def _open(folder: Path, raw: dict[str, Any], dtype: torch.dtype | None, tables: str | None = None) -> LM:
     """A native checkpoint is read in fp32 unless ``dtype`` says otherwise, one of our own as it is stored."""
     tensors = weights.read_tensors(folder)
     if raw["model_type"] == "loci":
-        model = meta_model(model_config(raw.get("model") or {}))
+        model = meta_model(with_tables(model_config(raw.get("model") or {}), tables))
         dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
         tensors = {name.removeprefix(weights.PREFIX): t.to(dtypes[name]) for name, t in tensors.items()}
     else:
