@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kernels import prefix_topm
 from kernels.cross_entropy import linear_cross_entropy, token_nll
 from models.block import Block
 from models.config import ModelConfig
@@ -380,6 +381,7 @@ _SELECTIONS = {
     torch.ops.aten.argsort.default,
     torch.ops.aten.argsort.stable,
     torch.ops.aten.multinomial.default,
+    prefix_topm.OPERATOR,
 }
 
 

@@ -19,6 +19,7 @@ MIXERS = {
     "delta": "models.mixers.linear:DeltaMixer",
     "gated_delta": "models.mixers.linear:GatedDeltaMixer",
     "mom": "models.mixers.mom:MoM",
+    "bmojo": "models.mixers.bmojo:BMojo",
 }
 CHANNELS = {
     "swiglu": "models.channels.mlp:SwiGLU",

@@ -20,6 +20,11 @@ def _mom(name: str, rule: dict[str, Any], **options: Any) -> Case:
     return _part("mixer", name, {"kind": "mom", "rule": rule, **options}, nonlinear=("balance",))
 
 
+def _bmojo(name: str, ssm: dict[str, Any], window: int = 3, **options: Any) -> Case:
+    part = {"kind": "bmojo", "ssm": ssm, "heads": 2, "window": window, "m_e": 2, **options}
+    return _part("mixer", name, part)
+
+
 def _structured(form: str, other_flops: float = 0.0, **options: Any) -> Case:
     name = f"structured-{form}-{options.get('activation', 'gelu')}"
     return _part("channel", name, {"kind": "structured_ffn", "form": form, **options}, other_flops=other_flops)
@@ -34,6 +39,7 @@ def _gmt(name: str, **options: Any) -> Case:
     return _part("channel", name, part, nonlinear=("usage", "target_usage"), held=("tracking",), dropout=0.0)
 
 
+_MAMBA2 = {"kind": "mamba2", "head_dim": 8, "d_state": 4}
 ENGRAM = {"kind": "engram", "heads": 2, "row_width": 3, "base": 37}
 
 
@@ -120,6 +126,25 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _mom("mom-many", {"kind": "linear_attention", "heads": 2, "gate": True}, memories=8, shared=False),
         _mom("mom-delta", {"kind": "delta", "heads": 1, "value_heads": 2, "conv": 2}, router_norm="none"),
     ],
+    ("mixer", "bmojo"): [
+        _bmojo("bmojo", _MAMBA2),
+        _bmojo("bmojo-gated-delta", {"kind": "gated_delta", "heads": 2}, window=4, m_f=2, kv_heads=1, dedup=False),
+        _bmojo("bmojo-band", _MAMBA2, fading_mode="band", qk_norm=True, tie_fading=False, score="innov_cos"),
+        _bmojo(
+            "bmojo-point", {"kind": "retnet", "heads": 2}, fading_mode="point", pos="rope_const", m_e=5, token_shift=2
+        ),
+        _bmojo(
+            "bmojo-true",
+            {"kind": "gla", "heads": 2, "rank": 3},
+            pos="rope_true",
+            m_f=3,
+            score="stride",
+            evict_gamma=0.9,
+        ),
+        _bmojo("bmojo-f", {"kind": "delta", "heads": 2}, m_e=0, token_shift=0, fading_norm=False),
+        _bmojo("bmojo-self", _MAMBA2, fading_mode="self", window=5, score="random", score_debias=True),
+        _bmojo("bmojo-ssm", _MAMBA2, fading_mode="self", window=0, m_e=0, kv_heads=1),
+    ],
     ("channel", "swiglu"): [
         _part("channel", "swiglu", {"kind": "swiglu", "hidden": 20}),
         _part("channel", "swiglu-bias", {"kind": "swiglu", "multiple_of": 8, "bias": True}),
@@ -188,6 +213,7 @@ TOYS = [
 _ATTENTION = {"kind": "attention", "heads": 2}
 _SWIGLU = {"kind": "swiglu", "hidden": 12}
 _RETNET = {"kind": "retnet", "heads": 2}
+_BMOJO = {"kind": "bmojo", "heads": 2, "window": 3, "m_e": 2}
 MODELS = [
     Case("model-llama", model={"blocks": {"a": {"mixer": {**_ATTENTION, "kv_heads": 1}, "channel": _SWIGLU}}}),
     Case(
@@ -240,6 +266,21 @@ MODELS = [
             "pattern": ["mom", "local", "nest"],
         },
         nonlinear=("balance",),
+    ),
+    Case(
+        "model-bmojo",
+        model={
+            "n_layers": 4,
+            "blocks": {
+                "bmojo": {"mixer": {**_BMOJO, "ssm": {"kind": "mom", "rule": _RETNET}}, "channel": _SWIGLU},
+                "wide": {"mixer": {**_BMOJO, "ssm": _MAMBA2, "window": 5, "fading_mode": "band"}},
+                "local": {"mixer": {**_ATTENTION, "window": 4}},
+                "nest": {"mixer": {"kind": "tests.toys:ToyNest", "inner": {**_BMOJO, "ssm": EMA}}},
+            },
+            "pattern": ["bmojo", "wide", "local", "nest"],
+        },
+        nonlinear=("balance", "spread"),
+        other_flops=4 * 6,
     ),
     Case(
         "model-branches",

@@ -5,18 +5,23 @@ To sign: add the part's configurations to `tests.cases`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.memory_attention import memory_attention
 from models import Batch, meta_model, zoo
 from models import state as states
+from models.mixers import bmojo
 from models.mixers.attention import Attention
 from models.mixers.pieces import ShortConv
 from models.mixers.rules import Rule
 from models.types import ParamMeta, count_params
+from tests.bmojo_naive import keys_of
 from tests.cases import CASES, MODELS
 from tests.tools import (
     TOLERANCE,
@@ -57,10 +62,11 @@ def test_cost_counts_what_was_built(case: Case, T: int, dtype: torch.dtype):
     assert total.state_bytes == states.nbytes(model.init_state(1, T, dtype=dtype))
 
 
-def test_cost_counts_the_flops(case: Case):
+def test_cost_counts_the_flops(case: Case, monkeypatch: pytest.MonkeyPatch):
     """Against the matrix products that run. Attention runs all T x T scores here; the formula counts causal ones. What
     runs inside a rule or a short convolution depends on the form of its op; in its place, the rows that came in count with
-    what the recurrence itself needs for one. What is made once from the weights is made before."""
+    what the recurrence itself needs for one. So do the keys of a query in attention with memory. What is made once from the weights
+    is made before."""
     T = 24
     model = case.build(torch.float32).eval()
     with torch.no_grad():
@@ -73,11 +79,24 @@ def test_cost_counts_the_flops(case: Case):
     forms = {f"LM.{name}": m for name, m in model.named_modules() if isinstance(m, (Rule, ShortConv))}
     for form in forms.values():
         form.register_forward_pre_hook(note)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    counter, within = FlopCounterMode(display=False), []
+
+    def attend(*args: Tensor, **how: Any) -> Tensor:
+        before = counter.get_total_flops()
+        o = memory_attention(*args, **how)
+        within.append(counter.get_total_flops() - before)
+        return o
+
+    monkeypatch.setattr(bmojo, "memory_attention", attend)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(random_batch(1, T, targets=False))
     found = counter.get_flop_counts()
-    inside = sum(sum(found[name].values()) for name in forms if name in found)
+    inside = sum(sum(found[name].values()) for name in forms if name in found) + sum(within)
     needed = sum(rows[form] * row_flops(form) for form in forms.values())
+    for part in model.modules():
+        if isinstance(part, bmojo.BMojo) and part.cfg.window:
+            keys = keys_of(part.cfg, [1.0] * T)
+            needed += sum(4 * part.heads * part.head_dim * len([*k.window, *k.fading, *k.kept]) for k in keys)
     future = 0
     for part in model.modules():
         if isinstance(part, Attention):

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import LM, Batch, ModelConfig, model_config
+from models.mixers.bmojo import BMojo
 from models.types import SLOTS, Aux
 
 # ||out - ref|| / ||ref||, by purpose and dtype. Nothing relaxes these.
@@ -224,7 +226,8 @@ def in_pieces(
 
 class Selections(TorchDispatchMode):
     """Which of several a model selects (top-k or sort over [B, T, N]), kept from one forward and imposed on others, whole or in
-    pieces: a selection jumps where two candidates are close, so only under the same one are two precisions comparable."""
+    pieces: a selection jumps where two candidates are close, so only under the same one are two precisions comparable. Of a
+    selection over time the scores [B, T] are kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,16 +235,38 @@ class Selections(TorchDispatchMode):
         self.imposing = False
         self.calls, self.start = 0, 0
 
+    def __enter__(self) -> Any:
+        score = BMojo._score
+
+        def imposed(*args: Any) -> Any:
+            found, outputs = score(*args)
+            return None if found is None else self._next(found), outputs
+
+        self._patch = patch.object(BMojo, "_score", imposed)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._patch.stop()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.ops.aten.topk.default, torch.ops.aten.sort.stable) or args[0].ndim != 3:
             return func(*args, **(kwargs or {}))
         if not self.imposing:
             values, index = func(*args, **(kwargs or {}))
-            self.kept.append(index)
-            return values, index
-        x = args[0]
-        index = self.kept[self.calls % len(self.kept)][:, self.start : self.start + x.shape[1]]
+            return values, self._next(index)
+        index = self._next(args[0])
+        return args[0].gather(-1, index), index
+
+    def _next(self, found: Tensor) -> Tensor:
+        """``found`` [B, T, ...] itself, kept, or what was kept in its place."""
+        if not self.imposing:
+            self.kept.append(found)
+            return found
+        T = found.shape[1]
+        kept = self.kept[self.calls % len(self.kept)][:, self.start : self.start + T]
         self.calls += 1
         if self.calls % len(self.kept) == 0:  # all selections of this piece: the next piece, or the first again
-            self.start = (self.start + x.shape[1]) % self.kept[0].shape[1]
-        return x.gather(-1, index), index
+            self.start = (self.start + T) % self.kept[0].shape[1]
+        return kept

@@ -57,10 +57,12 @@ def rows_of(ctx: Ctx, state: State | None) -> Rows:
 
 
 class ShortConv(nn.Module):
-    """SiLU of a causal depthwise convolution over the last W tokens, all channels of q|k|v at once (arXiv:2405.21060, fig. 6)."""
+    """A causal depthwise convolution over the last W tokens, by default followed by SiLU, of all channels of q|k|v at once
+    (arXiv:2405.21060, fig. 6)."""
 
-    def __init__(self, channels: int, size: int, bias: bool) -> None:
+    def __init__(self, channels: int, size: int, bias: bool, activation: str | None = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
@@ -77,7 +79,7 @@ class ShortConv(nn.Module):
             x,
             self.weight,
             self.bias,
-            activation="silu",
+            activation=self.activation,
             initial_state=initial_state,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
@@ -88,7 +90,9 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, N, C], one token per slot, state [B, E, W-1, C], index as in `Rule.step` -> (y [B, N, C], state)."""
         donate = donate and not torch.is_grad_enabled()
-        return causal_conv1d_step(x, self.weight, self.bias, state, activation="silu", index=index, donate=donate)
+        return causal_conv1d_step(
+            x, self.weight, self.bias, state, activation=self.activation, index=index, donate=donate
+        )
 
     def init_state(
         self, batch: int, device: torch.device | str, dtype: torch.dtype, memories: int | None = None

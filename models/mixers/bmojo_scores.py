@@ -1,0 +1,87 @@
+"""What a token is worth to B'MOJO's eidetic memory: its innovation, or what takes its place in a control.
+
+The innovation of a token is how badly the state-space output at it is predicted by the last k outputs (arXiv:2407.06324, section
+3.3). The predictor is fixed, and nothing here has a gradient. The paper leaves error, k and weights open: the default error is
+relative, because top-m compares positions across a sequence, and a raw norm would rank by the length of y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from models.mixers.pieces import Rows
+from models.types import Ctx
+
+INNOVATIONS = ("innov", "innov_l2", "innov_cos")
+CONTROLS = ("random", "fifo", "first", "stride")
+SCORES = (*INNOVATIONS, *CONTROLS)
+_EPS = 1e-9
+
+
+@torch.no_grad()
+def predict(
+    y: Tensor, weights: Sequence[float], positions: Tensor, rows: Rows, tail: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """y [B, T, D], positions [B, T], tail [B, k, D] of outputs before (None: whole sequences) -> (the prediction of each from those
+    before it, sum_i a_i y_{t-i} / sum_i a_i over the i there are, zero at a first token; the new tail)."""
+    a = torch.tensor([*reversed(weights), 0.0], device=y.device, dtype=y.dtype)
+    taps = a.expand(y.shape[-1], -1)
+    if tail is not None and y.shape[1] == 1:
+        said, new = causal_conv1d_step(y, taps, None, tail[:, None], index=rows.index)
+        tail = new[:, 0]
+    else:
+        packed, cu = rows.pack(y), rows.cu_seqlens
+        said, tail = causal_conv1d(packed, taps, initial_state=tail, output_final_state=tail is not None, cu_seqlens=cu)
+        said = rows.unpack(said, len(y))
+    mass = a.flip(0).cumsum(0)[positions.clamp(0, len(weights))]
+    return said / mass.clamp(min=_EPS)[..., None], tail
+
+
+@torch.no_grad()
+def innovation(kind: str, y: Tensor, prediction: Tensor) -> Tensor:
+    """y, prediction [B, T, D] -> [B, T], at least 0.
+
+    ``innov``: |y - p|^2 / (|y|^2 + |p|^2), in [0, 2], 1 where there is no prediction. ``innov_l2``: |y - p|. ``innov_cos``: 1 - cos.
+    """
+    error = torch.linalg.vector_norm(y - prediction, dim=-1)
+    if kind == "innov_l2":
+        return error
+    sizes = [torch.linalg.vector_norm(x, dim=-1) for x in (y, prediction)]
+    if kind == "innov":
+        return error.square() / (sizes[0].square() + sizes[1].square() + _EPS)
+    agreement = torch.linalg.vecdot(y, prediction) / (sizes[0] * sizes[1] + _EPS)
+    return (1 - agreement).clamp(min=0)
+
+
+@torch.no_grad()
+def control(kind: str, ctx: Ctx, salt: int) -> Tensor:
+    """[B, T] in fp32, of what a token is and where it stands alone: a split or a neighbour changes nothing.
+
+    ``random``: a hash of token, position and ``salt``. ``fifo``: the newest win. ``first``: the oldest. ``stride``: multiples of the
+    largest powers of two, so that the kept ones are evenly spaced.
+    """
+    position = ctx.positions.clamp(min=0)
+    if kind == "first":
+        return torch.ones_like(position, dtype=torch.float32)
+    if kind == "fifo":
+        return position.float() + 1
+    if kind == "stride":
+        return torch.where(position == 0, 1 << 30, position & -position).float()
+    x = ctx.tokens * 0x2545F4914F6CDD1D + position * 0x1B873593CC9E2D51 + (salt + 1) * 0x165667B19E3779F9
+    for _ in range(2):
+        x = (x ^ ((x >> 31) & 0x1FFFFFFFF)) * 0x369DEA0F31A53F85
+    return ((x >> 36) & 0xFFFFFF).float() * 2.0**-24
+
+
+@torch.no_grad()
+def rank(score: Tensor, positions: Tensor, gamma: float) -> Tensor:
+    """Scores -> fp32 keys in whose order tokens are kept. With gamma < 1 every score fades by it at each step: the same order as
+    that of log score - position log gamma, once and for all."""
+    if gamma == 1:
+        return score.float()
+    faded = score.double().log() - positions * torch.tensor(gamma, dtype=torch.float64).log().item()
+    return torch.where(score > 0, faded, torch.finfo(torch.float32).min).float()
