@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.row_update import sinkhorn_update
 from models.config import model_config
 from models.errors import UserError
 from models.lm import LM, build
 from models.parsing import from_dict
 from models.stores import StoreConfig, Table, build_store
 from models.stores import base as stores_base
-from models.stores.base import MOMENTS
 from models.stores.cache import RowCache
 from models.stores.host import Host
 from tests.tools import assert_close, random_batch, same_bytes, state_hash
@@ -25,6 +25,7 @@ from training.optim import OptimConfig, Optimizer
 
 ROWS, WIDTH = 211, 6
 HYPER = (0.02, 0.9, 0.95, 1e-8)  # lr, beta1, beta2, eps
+BY_ROW = ("rowwise", "lazy_adam", "adam")
 HOSTS = {
     "host": {},
     "host-lru": {"cache_rows": 40, "cache_policy": "lru"},
@@ -68,7 +69,7 @@ def _advance(table: Table, steps: range) -> list[Tensor]:
 # -- all kinds alike
 
 
-@pytest.mark.parametrize("rule", MOMENTS)
+@pytest.mark.parametrize("rule", BY_ROW)
 @pytest.mark.parametrize("kind", HOSTS)
 def test_host_is_resident_to_the_bit(kind: str, rule: str, monkeypatch: pytest.MonkeyPatch):
     """Values, gradients, tables and moments over training, a load, writes from outside, and forgotten moments."""
@@ -140,6 +141,24 @@ def test_adam_is_adam():
     assert not moved[ROWS - 10 :].any(), "never touched, so no momentum"
 
 
+def test_sinkhorn_balances_the_whole_table():
+    table, momentum = _store(rule="sinkhorn"), torch.zeros(ROWS, WIDTH)
+    values = table.state_dict()["values"].clone()
+    for i in range(3):
+        rows = _addresses(i)
+        table.fetch(rows).sum().backward()
+        dense = torch.zeros(ROWS, WIDTH).index_add(0, rows.flatten(), torch.ones(rows.numel(), WIDTH))
+        found: Any = table.take_grad()
+        table.step(*found, *HYPER)
+        table.clear_grad()
+        sinkhorn_update(values, momentum, dense, HYPER[0])
+    assert same_bytes(table.state_dict(), {"values": values, "m": momentum})
+    table.zero_moments(torch.arange(ROWS))
+    assert not table.state_dict()["m"].any()
+    with pytest.raises(UserError, match="balances a whole table in one place"):
+        StoreConfig(kind="host", rule="sinkhorn")
+
+
 @pytest.mark.parametrize("kind", ["resident", "host-lru"])
 @pytest.mark.parametrize("rule", ["rowwise", "lazy_adam"])
 def test_lazy_rules_leave_the_other_rows_alone(kind: str, rule: str):
@@ -156,7 +175,7 @@ def test_lazy_rules_leave_the_other_rows_alone(kind: str, rule: str):
 
 def test_zeroed_moments_begin_anew():
     """A row that was replaced steps like one that was never touched, under every rule."""
-    for rule in MOMENTS:
+    for rule in BY_ROW:
         table = _store(rule=rule)
         _advance(table, range(5))
         table.zero_moments(torch.tensor([2]))
@@ -221,7 +240,7 @@ def _train_step(model: LM, optim: Optimizer, batches: list[Any]) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("rule", MOMENTS)
+@pytest.mark.parametrize("rule", BY_ROW)
 def test_tables_learn_five_times_as_fast_without_decay_or_muon(rule: str):
     model = _model(rule=rule)
     optim = Optimizer(model, OptimConfig(lr=1e-3, weight_decay=0.5, muon=True))
@@ -244,6 +263,19 @@ def test_tables_learn_five_times_as_fast_without_decay_or_muon(rule: str):
         strong = (size > 1e-5).view(len(rows), -1).all(dim=1)
         assert strong.any()
         assert torch.allclose(moved[rows][strong], expected[strong], rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["resident", "host-lfu"])
+def test_a_compiled_model_reads_and_learns_the_same(kind: str):
+    """The compiler must not reorder, repeat or forget what happens in a store."""
+    plain, compiled = (_model(kind) for _ in range(2))
+    compiled.compile(backend="eager")
+    optims = [Optimizer(m, OptimConfig(lr=2e-3)) for m in (plain, compiled)]
+    for i in range(6):
+        losses = [_train_step(m, o, [random_batch(2, 9, seed=i)]) for m, o in zip((plain, compiled), optims)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+    for name, table in plain.tables().items():
+        assert torch.equal(table.state_dict()["steps"], compiled.tables()[name].state_dict()["steps"])
 
 
 @pytest.mark.parametrize("kind", ["resident", "host-lfu"])

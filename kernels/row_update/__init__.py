@@ -6,7 +6,8 @@
 
 Every row counts its own steps s. ``lazy_adam`` (arXiv:1412.6980 on the touched rows alone) keeps m and v per entry; ``rowwise``
 keeps one v per row, of the mean square of the row's gradient, and no m (b1 = 0): 8 bytes a row. No number of a row depends on
-other rows or on where the row stands in an array, so that the bits are the same whoever holds the arrays.
+other rows or on where the row stands in an array, so that the bits are the same whoever holds the arrays. `sinkhorn_update` is the
+exception: it balances a whole table at once.
 """
 
 from __future__ import annotations
@@ -64,3 +65,30 @@ def row_update(
         raise ValueError(f"{rule}: a table in {values.dtype} would lose small steps; keep it in float32")
     dispatch.choose("row_update", values.device, None)
     reference.row_update(values, moments, rows, grad, rule, hyper)
+
+
+@torch.no_grad()
+def sinkhorn_update(
+    values: Tensor,
+    momentum: Tensor,
+    grad: Tensor,
+    lr: float,
+    *,
+    beta: float = 0.95,
+    rounds: int = 11,
+    threshold: float = 1e-3,
+    scale: float = 0.18,
+    eps: float = 1e-20,
+) -> None:
+    """Balanced momentum for a whole table, in place: all arguments [R, W]; every row with momentum moves.
+
+        M <- beta M + (1 - beta) G,   U = beta M + (1 - beta) G without rows whose norm is at most threshold x the mean row norm,
+        ``rounds`` times: rows of U, then columns, ... then rows to unit norm;   w <- w - scale lr sqrt(W) U
+
+    As the tables of DeepSeek-V4.1 are reported to learn. ``rounds`` is odd, so that rows are last and an entry of a moving row has
+    root mean square scale lr, whatever the gradient. Raises ValueError for shapes that differ.
+    """
+    if not values.shape == momentum.shape == grad.shape:
+        raise ValueError(f"expected three tables, got {[list(t.shape) for t in (values, momentum, grad)]}")
+    dispatch.choose("sinkhorn_update", values.device, None)
+    reference.sinkhorn_update(values, momentum, grad, lr, beta, rounds, threshold, scale, eps)

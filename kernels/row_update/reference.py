@@ -85,3 +85,25 @@ def _corrections(beta: float, dtype: torch.dtype, device: torch.device) -> Tenso
     """1 - beta^s for s = 0, 1, ... until it is 1 in ``dtype``."""
     last = 1 if beta == 0 else math.ceil(math.log(torch.finfo(dtype).eps / 4) / math.log(beta))
     return (1 - beta ** torch.arange(last + 1, dtype=torch.float64)).to(device, dtype)
+
+
+def sinkhorn_update(
+    values: Tensor,
+    momentum: Tensor,
+    grad: Tensor,
+    lr: float,
+    beta: float,
+    rounds: int,
+    threshold: float,
+    scale: float,
+    eps: float,
+) -> None:
+    """See `kernels.row_update.sinkhorn_update`."""
+    fresh = grad.to(values.dtype) * (1 - beta)
+    momentum.mul_(beta).add_(fresh)
+    u = (momentum * beta).add_(fresh)
+    norm = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    u.masked_fill_(norm <= threshold * norm.mean(), 0)
+    for i in range(rounds):
+        u.div_(torch.linalg.vector_norm(u, dim=1 - i % 2, keepdim=True).clamp_(min=eps))
+    values.sub_(u.mul_(scale * lr * math.sqrt(values.shape[1])))

@@ -22,10 +22,9 @@ MOMENTS = {
     "rowwise": {"v": "", "steps": "count"},
     "lazy_adam": {"m": "wide", "v": "wide", "steps": "count"},
     "adam": {"m": "wide", "v": "wide", "steps": "count"},
+    "sinkhorn": {"m": "wide"},
 }
-BLOCK = (
-    1 << 16
-)  # rows handled at once by what goes over a whole table; a multiple of 16, which fixes the stream of draws
+BLOCK = 1 << 16  # rows handled at once by what goes over a whole table: a multiple of 16, the stride of the generator
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,13 @@ class StoreConfig:
 
     ``rowwise``: touched rows only, one second moment per row, no momentum: 8 bytes a row beside the values. ``lazy_adam``: Adam
     on the touched rows only; both count steps per row, and a row without gradient does not move. ``adam``: the paper's, where
-    every row moves at every step on its momentum: for small tables, since a step goes over the whole table.
+    every row moves at every step on its momentum: for small tables, since a step goes over the whole table. ``sinkhorn`` does
+    so too, with one moment and steps of one size, balanced over the table (`kernels.row_update.sinkhorn_update`).
     A ``host`` table keeps ``cache_rows`` of its rows on the device.
     """
 
     kind: str = "resident"  # see models.stores.KINDS
-    rule: str = "rowwise"  # rowwise | lazy_adam | adam
+    rule: str = "rowwise"  # rowwise | lazy_adam | adam | sinkhorn
     lr_mult: float = 5.0
     std: float = 0.02  # of the initial rows
     cache_rows: int = 0  # 0: no cache
@@ -53,6 +53,10 @@ class StoreConfig:
         choice("cache_policy", self.cache_policy, POLICIES)
         if self.cache_rows and self.kind != "host":
             raise UserError(f"cache_rows: a {self.kind} table has no cache; kind=host has")
+        if self.rule == "sinkhorn" and self.kind not in ("resident", "mmap"):
+            raise UserError(
+                f"rule=sinkhorn balances a whole table in one place, which a {self.kind} one is not; kind=resident is"
+            )
         for name in ("lr_mult", "std", "cache_rows"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -72,7 +76,7 @@ class Table(RowStore):
         raise NotImplementedError
 
     def update(self, rows: Tensor | slice, grad: Tensor, rule: str, hyper: Hyper) -> None:
-        """`kernels.row_update.row_update` on these rows and their moments, wherever they are."""
+        """An op of `kernels.row_update` on these rows and their moments, wherever they are."""
         raise NotImplementedError
 
     # -- shared
@@ -110,15 +114,21 @@ class Table(RowStore):
             raise UserError(
                 f"a table in {dtype} cannot learn: steps below half a last bit would be lost; keep it in float32"
             )
-        hyper = Hyper(lr, beta1, beta2, eps)
-        if self.cfg.rule != "adam":
-            self.update(rows, grad, self.cfg.rule, hyper)
-            return
-        for block in self.blocks():  # Adam is the lazy rule when every row is touched
-            first, last = torch.searchsorted(rows, rows.new_tensor([block.start, block.stop])).tolist()
-            dense = grad.new_zeros(block.stop - block.start, self.width)
-            dense.index_copy_(0, rows[first:last] - block.start, grad[first:last])
-            self.update(block, dense, "lazy_adam", hyper)
+        hyper, rule = Hyper(lr, beta1, beta2, eps), self.cfg.rule
+        if rule == "adam":
+            for block in self.blocks():  # Adam is the lazy rule when every row is touched
+                self.update(block, self._dense(block, rows, grad), "lazy_adam", hyper)
+        elif rule == "sinkhorn":
+            whole = slice(0, self.rows)
+            self.update(whole, self._dense(whole, rows, grad), rule, hyper)
+        else:
+            self.update(rows, grad, rule, hyper)
+
+    def _dense(self, block: slice, rows: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of all rows of a block, from that of the sorted rows that have one."""
+        first, last = torch.searchsorted(rows, rows.new_tensor([block.start, block.stop])).tolist()
+        dense = grad.new_zeros(block.stop - block.start, self.width)
+        return dense.index_copy_(0, rows[first:last] - block.start, grad[first:last])
 
     @torch.no_grad()
     def zero_moments(self, rows: Tensor) -> None:

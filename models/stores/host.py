@@ -8,7 +8,6 @@ those of a resident table, so that the bits are the same.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,10 +63,14 @@ class Host(Table):
         self.drain()
         return {**self.__dict__, "_flights": {}, "_last": None}
 
-    # -- asked for here, done in the background
+    # -- asked for here, done in the background; the compiler, which could not see that, breaks its graph here
 
     def read(self, rows: Tensor) -> Tensor:
-        return self.wait(self.begin(rows))
+        return self.wait(self.begin(rows))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.compiler.disable
+    def prefetch(self, rows: Tensor) -> Tensor:
+        return super().prefetch(rows)
 
     def begin(self, rows: Tensor) -> Tensor:
         with torch.inference_mode(False):  # the mode is the caller's alone, and the background thread writes into this
@@ -75,6 +78,7 @@ class Host(Table):
         self._flights[out.data_ptr()] = self._submit(self._fill, rows, out.detach())
         return out
 
+    @torch.compiler.disable
     def wait(self, values: Tensor) -> Tensor:
         flight = self._flights.pop(values.data_ptr(), None)
         if flight is not None:
@@ -97,7 +101,7 @@ class Host(Table):
     def _submit(self, job: Callable[..., None], *args: Any) -> Future[Any]:
         if self._last is not None and self._last.done():
             self._last.result()  # raises what it raised
-        self._last = _worker().submit(_run, _mark(args[0].device), job, *args)
+        self._last = _worker.submit(_run, _mark(args[0].device), job, *args)
         return self._last
 
     # -- in the background
@@ -161,15 +165,9 @@ class Host(Table):
         return t.cpu()
 
 
-@functools.cache
-def _worker() -> ThreadPoolExecutor:
-    """One thread for all tables of a process: in order, and never more than one core."""
-    return ThreadPoolExecutor(1, thread_name_prefix="tables")
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+# One thread for all tables of a process: in order, and beside the caller never more than one core. It starts with the first job.
+_worker = ThreadPoolExecutor(1, thread_name_prefix="tables")
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _mark(device: torch.device) -> Any:
@@ -183,7 +181,8 @@ def _run(before: Any, job: Callable[..., None], *args: Any) -> Any:
         if before is None:
             job(*args)
             return None
-        stream = _stream(args[0].device)
+        device = args[0].device
+        stream = _streams[device] if device in _streams else _streams.setdefault(device, torch.cuda.Stream(device))
         with torch.cuda.stream(stream):
             stream.wait_event(before)
             for t in args:

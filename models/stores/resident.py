@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.row_update import Hyper, row_update
+from kernels.row_update import Hyper, row_update, sinkhorn_update
 from models.stores.base import VALUES, StoreConfig, Table
 
 
@@ -26,7 +26,9 @@ class Resident(Table):
 
     def update(self, rows: Tensor | slice, grad: Tensor, rule: str, hyper: Hyper) -> None:
         values, *moments = self._arrays.values()
-        if isinstance(rows, slice):
+        if rule == "sinkhorn":
+            sinkhorn_update(values, moments[0], grad, hyper.lr)
+        elif isinstance(rows, slice):
             row_update(values[rows], [m[rows] for m in moments], None, grad, rule, hyper)
         else:
             row_update(values, moments, rows, grad, rule, hyper)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.row_update import RULES, Hyper, row_update, sum_rows
+from kernels.row_update import RULES, Hyper, row_update, sinkhorn_update, sum_rows
 from tests.tools import assert_close, same_bytes
 
 HYPER = Hyper(lr=0.03, beta1=0.9, beta2=0.95, eps=1e-8)
@@ -152,7 +153,50 @@ def test_a_step_has_the_size_of_the_rate():
     assert values[1].norm().item() == pytest.approx(HYPER.lr * 2, rel=1e-3)
 
 
+# -- balanced momentum
+
+
+def _balanced(u: np.ndarray, rounds: int) -> np.ndarray:
+    for i in range(rounds):
+        for line in u if i % 2 == 0 else u.T:
+            size = math.sqrt(sum(x * x for x in line))
+            line /= max(size, 1e-20)
+    return u
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sinkhorn_row_by_row(dtype: torch.dtype):
+    """Against lines normalised one after the other in fp64; rows without momentum, and with hardly any, keep their bytes."""
+    generator = torch.Generator().manual_seed(0)
+    values, momentum = torch.randn(12, 4, generator=generator).to(dtype), torch.zeros(12, 4, dtype=dtype)
+    start, w, m = values.clone(), values.double().numpy().copy(), np.zeros((12, 4))
+    for _ in range(3):
+        grad = torch.randn(12, 4, generator=generator).to(dtype)
+        grad[3], grad[7] = 0, grad[7] * 1e-6
+        sinkhorn_update(values, momentum, grad, 0.1)
+        g = grad.double().numpy()
+        m = 0.95 * m + 0.05 * g
+        u = 0.95 * m + 0.05 * g
+        norms = np.sqrt((u * u).sum(1))
+        u[norms <= 1e-3 * norms.mean()] = 0
+        w -= 0.18 * 0.1 * 2 * _balanced(u, 11)
+    assert_close(values, torch.from_numpy(w).to(dtype), "forms", dtype)
+    assert_close(momentum, torch.from_numpy(m).to(dtype), "forms", dtype)
+    assert same_bytes(values[[3, 7]], start[[3, 7]])
+
+
+def test_sinkhorn_steps_have_one_size():
+    values, momentum = torch.zeros(50, 8), torch.zeros(50, 8)
+    sinkhorn_update(values, momentum, torch.randn(50, 8) * torch.rand(50, 1).add(0.1), 0.1)
+    size = values.square().mean(dim=1).sqrt()
+    assert torch.allclose(size, torch.tensor(0.018), rtol=1e-5)
+    sinkhorn_update(values, momentum, torch.zeros(50, 8), 0.1)
+    assert (values.square().mean(dim=1).sqrt() > size).all(), "rows move on their momentum"
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match="expected three tables"):
+        sinkhorn_update(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2, 2), 0.1)
     values, moments, grad = torch.zeros(3, 2), _moments("rowwise", 3, 2), torch.zeros(1, 2)
     one = torch.tensor([1])
     with pytest.raises(ValueError, match="unknown rule 'adagrad'"):
