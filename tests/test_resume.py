@@ -34,13 +34,13 @@ from tests.runs import (
 
 STEPS = 12
 # Two tables in host memory, one with a cache: what the background thread does is done before a checkpoint is written.
-_STORED = {"kind": "tests.toy_memory:ToyStored", "rows": 61}
+_ENGRAM = {"kind": "engram", "heads": 2, "row_width": 4, "base": 61}
 HOSTED = {
     **PLAIN,
     "n_layers": 3,
     "at": {
-        1: {"memory": {**_STORED, "store": {"kind": "host", "rule": "lazy_adam"}}},
-        2: {"memory": {**_STORED, "store": {"kind": "host", "cache_rows": 20}}},
+        1: {"memory": {**_ENGRAM, "store": {"kind": "host", "rule": "lazy_adam"}}},
+        2: {"memory": {**_ENGRAM, "store": {"kind": "host", "cache_rows": 20}}},
     },
 }
 CHECKPOINT_FILES = ("model.safetensors", "optim.safetensors", "rng.safetensors", "state.json", "manifest.json")

@@ -215,9 +215,9 @@ def test_wide_tables_learn_in_their_precision():
 # -- in the model and its optimizer
 
 
-def _model(kind: str = "resident", rule: str = "rowwise", seed: int = 0) -> LM:
+def _model(kind: str = "resident", rule: str = "rowwise", dtype: torch.dtype = torch.float32) -> LM:
     store = {"kind": kind.partition("-")[0], "rule": rule, **HOSTS.get(kind, {})}
-    memory = {"kind": "tests.toy_memory:ToyStored", "rows": 31, "store": store}
+    memory = {"kind": "engram", "heads": 2, "row_width": 4, "base": 17, "compression": "none", "store": store}
     raw = {
         "d_model": 16,
         "n_layers": 3,
@@ -225,11 +225,11 @@ def _model(kind: str = "resident", rule: str = "rowwise", seed: int = 0) -> LM:
         "blocks": {"a": {"mixer": {"kind": "attention", "heads": 2}}},
         "at": {1: {"memory": memory}, 2: {"memory": memory}},
     }
-    return build(model_config(raw), seed)
+    return build(model_config(raw), dtype=dtype)
 
 
 def _train_step(model: LM, optim: Optimizer, batches: list[Any]) -> Tensor:
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         loss = model(batch).losses["lm"] / len(batches)
         loss.backward()
@@ -280,18 +280,19 @@ def test_a_compiled_model_reads_and_learns_the_same(kind: str):
 
 @pytest.mark.parametrize("kind", ["resident", "host-lfu"])
 def test_micro_batches_are_one_batch(kind: str):
-    """Twenty steps of four micro-batches = of one batch; one row's gradients come from several of them."""
-    whole, parts = (_model(kind) for _ in range(2))
+    """Twenty steps of four micro-batches = of one batch; one row's gradients come from several of them. In fp64, because the first
+    steps of Adam and the slope of the gate at zero make something of the last bits."""
+    whole, parts = (_model(kind, dtype=torch.float64) for _ in range(2))
     optims = [Optimizer(m, OptimConfig(lr=2e-3)) for m in (whole, parts)]
     for i in range(20):
         batch = random_batch(4, 9, seed=i)
         pieces = [type(batch)(*(None if t is None else t[j : j + 1] for t in batch)) for j in range(4)]
         losses = _train_step(whole, optims[0], [batch]), _train_step(parts, optims[1], pieces)
-        assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-4)
+        assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-9)
     for name, table in whole.tables().items():
         ours, theirs = (t.state_dict() for t in (table, parts.tables()[name]))
         assert torch.equal(ours["steps"], theirs["steps"])
-        assert_close(ours["values"], theirs["values"], "gradient", torch.float32)
+        assert_close(ours["values"], theirs["values"], "forms", torch.float32)
 
 
 def test_frozen_tables_stay():

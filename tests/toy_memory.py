@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.rows import Addressing, RowStore
-from models.stores import StoreConfig, build_store
 from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, Stat, State, count_params, normal_, reset_norm
 from tests.toys import masked_mean, newest, previous
 
@@ -99,9 +98,7 @@ class ToyHash(Part):
 
     Config = ToyHashConfig
 
-    table: RowStore
-
-    def __init__(self, cfg: Any, site: Site) -> None:
+    def __init__(self, cfg: ToyHashConfig, site: Site) -> None:
         super().__init__(cfg, site)
         self.key = nn.Linear(cfg.width, site.d_model, bias=False)
         self.value = nn.Linear(cfg.width, site.d_model, bias=False)
@@ -154,19 +151,3 @@ class ToyHashBranches(ToyHash):
     """The same for every residual branch at once, each with a gate of its own."""
 
     sees_branches = True
-
-
-@dataclass(frozen=True)
-class ToyStoredConfig(ToyHashConfig):
-    kind: str = "tests.toy_memory:ToyStored"
-    store: StoreConfig = field(default_factory=StoreConfig)
-
-
-class ToyStored(ToyHash):
-    """The same with a table of `models.stores`."""
-
-    Config = ToyStoredConfig
-
-    def __init__(self, cfg: ToyStoredConfig, site: Site) -> None:
-        super().__init__(cfg, site)
-        self.table = build_store(cfg.store, cfg.rows, cfg.width)
