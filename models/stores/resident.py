@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.ngram_gather import gather_rows
 from kernels.row_update import Hyper, row_update, sinkhorn_update
 from models.stores.base import VALUES, StoreConfig, Table
 
@@ -22,7 +23,7 @@ class Resident(Table):
         return dict(self._arrays)
 
     def read(self, rows: Tensor) -> Tensor:
-        return self._arrays[VALUES].index_select(0, rows.flatten()).view(*rows.shape, self.width)
+        return gather_rows(self._arrays[VALUES], rows)
 
     def update(self, rows: Tensor | slice, grad: Tensor, rule: str, hyper: Hyper) -> None:
         values, *moments = self._arrays.values()
