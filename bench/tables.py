@@ -186,8 +186,10 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         )
     ratio = about["addressing_ratio"]
     hashing = max(r["addressing_s"] for r in rows) / about["step_s"]
+    low, high = (pick(r["share"] for r in rows) for pick in (min, max))
     lines += [
         "",
+        f"All of it takes between {low:.2%} and {high:.2%} of a step, over all sizes.",
         f"A step: {about['step_s']:.2f} s, the backbone {about['backbone']} without memory on {about['batch']} x "
         f"{about['seq_len']} tokens in fp32 with {about['threads']} threads. Update: sums of repeated rows, norm, clip and the "
         "row-wise rule.",

@@ -49,20 +49,20 @@ def _addresses(step: int, shape: tuple[int, ...] = (4, 9, 3)) -> Tensor:
     return (torch.rand(shape, generator=generator).pow(3) * (ROWS - 10)).long()
 
 
-def _advance(table: Table, steps: range) -> list[Tensor]:
+def _advance(table: Table, steps: range, device: str = "cpu") -> list[Tensor]:
     """Training as the loop does it: two lookups that are under way together, backward, one step. -> everything seen."""
     seen = []
     for i in steps:
-        rows = [_addresses(2 * i), _addresses(2 * i + 1, (5, 2))]
+        rows = [_addresses(2 * i).to(device), _addresses(2 * i + 1, (5, 2)).to(device)]
         begun = [table.prefetch(r) for r in rows]
         values = [table.wait(v) for v in begun]
         for v, r in zip(values, rows):
-            v.backward(torch.randn(v.shape, generator=torch.Generator().manual_seed(int(r.sum()))))
+            v.backward(torch.randn(v.shape, generator=torch.Generator().manual_seed(int(r.sum()))).to(device))
         found: Any = table.take_grad()
         table.step(*found, *HYPER)
         table.clear_grad()
         with torch.no_grad():
-            seen += [*(v.detach() for v in values), *found, table.fetch(_addresses(99))]
+            seen += [*(v.detach() for v in values), *found, table.fetch(_addresses(99).to(device))]
     return seen
 
 
@@ -86,6 +86,25 @@ def test_host_is_resident_to_the_bit(kind: str, rule: str, monkeypatch: pytest.M
     for table in tables:
         table.load_state_dict(_store(rule=rule).state_dict())
     assert same_bytes(*(_advance(t, range(6, 8)) for t in tables))
+    assert same_bytes(*(t.state_dict() for t in tables))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rule", BY_ROW)
+@pytest.mark.parametrize("kind", HOSTS)
+def test_host_is_resident_on_a_gpu(kind: str, rule: str):
+    """The same beside a model on a GPU, with the stream kept busy: nobody reads values that have not arrived."""
+    tables = [_store(k, rule) for k in ("resident", kind)]
+    for table in tables:
+        table.apply(lambda t: t.cuda())
+    assert all(t.is_pinned() for t in tables[1].state_dict().values())
+    busy = torch.randn(2048, 2048, device="cuda")
+    seen = []
+    for table in tables:
+        for _ in range(20):
+            busy = torch.tanh(busy @ busy)
+        seen.append(_advance(table, range(6), "cuda"))
+    assert same_bytes(*seen)
     assert same_bytes(*(t.state_dict() for t in tables))
 
 
