@@ -33,7 +33,7 @@ def test_loads_and_summarises(path: Path):
     given = cfg.model.vocab_size or (cfg.data.synthetic and cfg.data.synthetic.vocab_size)
     vocab = given or (257 if cfg.data.tokenizer.kind == "bytes" else cfg.data.tokenizer.vocab_size)
     model = meta_model(dataclasses.replace(cfg.model, vocab_size=vocab))
-    params = count_params(model)
+    params = count_params(model) + sum(t.rows * t.width for t in model.tables().values())
     assert model.cost(cfg.data.seq_len).params == params
     text = summary(model, cfg.data.seq_len)
     for kind in {part.cfg.kind for _, _, part in model.parts()}:

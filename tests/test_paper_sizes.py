@@ -1,4 +1,5 @@
-"""Parameters of the published Mixture-of-Memories shapes, as the authors' and fla's own code counts them (arXiv:2502.13685)."""
+"""Parameters of published shapes: Mixture-of-Memories, as the authors' and fla's own code counts them (arXiv:2502.13685), and the
+tables of Engram (arXiv:2601.07372)."""
 
 from __future__ import annotations
 
@@ -45,3 +46,19 @@ def test_state_is_that_of_the_paper_shape():
     per_layer = 5 * (4 * 256 * 256 * 4 + 3 * 3 * 1024 * 2)
     for length in (1, 2048, 65536):
         assert [part.cost(length, torch.bfloat16).state_bytes for part in mixers] == [per_layer] * 24
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "whole"),
+    [
+        ("engram-27b-a4b", 5_792_338_560, 26.7e9),  # "5.7B" of 26.7B
+        ("engram-40b-a4b", 18_534_311_360, 39.5e9),  # "18.5B" of 39.5B
+        ("engram-v41", 196_613_849_600, None),  # the backbone is a stand-in
+    ],
+)
+def test_tables_of_engram(name: str, tables: int, whole: float | None):
+    model = meta_model(schema.load(ROOT / "configs" / f"{name}.yaml").model)
+    assert sum(t.rows * t.width for t in model.tables().values()) == tables
+    cost = model.cost(4096)
+    assert f"parameters  {cost.params:,}" in summary(model, 4096)
+    assert whole is None or cost.params == pytest.approx(whole, rel=0.01)
