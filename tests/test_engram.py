@@ -265,6 +265,24 @@ def test_the_whole_forward_is_one_graph():
         assert_close(run(batch).logits, model(batch).logits, "same", torch.float32)
 
 
+@pytest.mark.cuda
+@torch.no_grad()
+def test_addresses_can_be_captured():
+    """A graph hashes whatever stands in its input when it is replayed."""
+    model, tokens = build(dtype=torch.float32).cuda(), random_batch(3, 40).tokens.cuda()
+    valid = torch.rand(3, 40, device="cuda") < 0.8
+    held = torch.zeros_like(tokens)
+    ctx, _, _ = model.prepare(Batch(held, valid=valid), None)
+    warm, graph = addressing(model)(ctx, None), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, _ = addressing(model)(ctx, None)
+    held.copy_(tokens)
+    graph.replay()
+    want = build(dtype=torch.float32).prepare(Batch(tokens.cpu(), valid=valid.cpu()), None)[0].rows
+    assert torch.equal(found["1"].cpu(), want["1"])
+    assert not torch.equal(found["1"], warm[0]["1"])
+
+
 # -- sizes and rules
 
 

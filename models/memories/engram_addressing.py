@@ -89,21 +89,18 @@ class EngramAddressing(Addressing):
         if len(set(keys)) != L:
             raise UserError(f"engram: layer keys {self.keys} are not distinct")
         self.max_order = orders + 1
-        self.compression, self.final = identity(vocab_size), compression == "none"
+        self._take(identity(vocab_size))
+        self.final = compression == "none"  # the map is what it will be
         self.register_buffer("canonical", torch.empty(vocab_size, dtype=torch.int32))
         self.register_buffer("multipliers", torch.empty(L, orders + 1, dtype=torch.int64))
         self.register_buffer("primes", torch.empty(L, orders, heads, dtype=torch.int64))
         self.register_buffer("offsets", torch.empty(L, orders, heads, dtype=torch.int64))
         self.register_buffer("identity", torch.empty(2, 4, dtype=torch.int64))  # hashes of 32 bytes
 
-    @property
-    def classes(self) -> int:
-        return self.compression.classes
-
-    @property
-    def pad(self) -> int:
-        """The canonical id of the pad token."""
-        return int(self.compression.canonical[self.pad_token])
+    def _take(self, compression: Compression) -> None:
+        """``pad``: the canonical id of the pad token. Plain integers, which a compiled graph can hold."""
+        self.compression = compression
+        self.classes, self.pad = compression.classes, int(compression.canonical[self.pad_token])
 
     def reset_parameters(self) -> None:
         primes = torch.tensor(table_primes(len(self.keys), self.bases, self.heads))
@@ -129,7 +126,8 @@ class EngramAddressing(Addressing):
         if self.final and new.sha256 != self.compression.sha256:
             raise UserError(f"engram: the model has another token map than this tokenizer's: {OTHER_ROWS}")
         if not self.final:
-            self.compression, self.final = new, True
+            self._take(new)
+            self.final = True
             self._fill()
 
     def _fill(self) -> None:
@@ -157,7 +155,8 @@ class EngramAddressing(Addressing):
             if self.final and tokens != self._map():
                 raise UserError(f"engram: the saved addresses belong to another token map: {OTHER_ROWS}")
             ids = canonical.cpu().numpy()
-            self.compression, self.final = Compression(ids, int(ids.max()) + 1), True
+            self._take(Compression(ids, int(ids.max()) + 1))
+            self.final = True
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def must_agree(self, source: Addressing) -> None:
