@@ -85,17 +85,22 @@ def lookbacks(line: Line, order: int, classes: int, pad: int) -> list[Tensor]:
 
 def rows(line: Line, multipliers: Tensor, primes: Tensor, offsets: Tensor, classes: int, pad: int) -> Tensor:
     """multipliers [L, N], primes and offsets [L, N-1, K] -> rows [L, B, T, (N-1) K]."""
-    layers, order = multipliers.shape
-    products = [
-        value * m[:, None, None]
-        for value, m in zip(lookbacks(line, order, classes, pad), multipliers.unbind(1), strict=True)
-    ]
-    mix, found = products[0], []
-    for n in range(1, order):
-        mix = mix ^ products[n]
-        shape = (layers, 1, 1, primes.shape[2])
-        found.append((mix[..., None] % primes[:, n - 1].view(shape)).add_(offsets[:, n - 1].view(shape)))
-    return torch.cat(found, dim=-1)
+    values = lookbacks(line, multipliers.shape[1], classes, pad)
+    found = values[0].new_empty(len(multipliers), *values[0].shape, *primes.shape[1:])
+    for out, ms, ps in zip(found, multipliers, primes, strict=True):  # layer by layer, so that products stay in a cache
+        mix = values[0] * ms[0]
+        for n, p in enumerate(ps, start=1):
+            mix = mix ^ (values[n] * ms[n])
+            _remainder(mix[..., None], p, out[:, :, n - 1])
+    return found.add_(offsets[:, None, None]).flatten(3)
+
+
+def _remainder(x: Tensor, divisor: Tensor, out: Tensor) -> None:
+    """out <- x mod divisor; without a copy where the compiler, which cannot write into a view, does not look."""
+    if torch.compiler.is_compiling():
+        out.copy_(x % divisor)
+    else:
+        torch.remainder(x, divisor, out=out)
 
 
 def gather(table: Tensor, rows: Tensor) -> Tensor:
