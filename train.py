@@ -35,6 +35,7 @@ from models import LM, Batch, UserError, build, zoo
 from models.errors import guard
 from models.folder import run_config
 from models.parsing import from_dict, to_dict
+from models.stores.sharded import serving
 from models.summary import summary
 from models.types import CommitInfo, Stat
 from training import checkpoint, interventions
@@ -161,13 +162,12 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
                 if log:
                     log.write(done, {"val": found})
                     log.say(f"step {done}: {sentence(found)}")
-            if (
-                log
-                and data.tokenizer is not None
-                and t.sample_every >= 0
-                and (done % t.every("sample_every") == 0 or last)
-            ):
-                log.sample(done, sample_text(model, data.tokenizer, t.sample_prompt, t.sample_tokens, cfg.seed))
+            wanted = t.sample_every >= 0 and (done % t.every("sample_every") == 0 or last)
+            if wanted and data.tokenizer is not None:
+                with serving(model.tables()):
+                    if log:
+                        text = sample_text(model, data.tokenizer, t.sample_prompt, t.sample_tokens, cfg.seed)
+                        log.sample(done, text)
             if done % t.every("save_every") == 0 or last or stopping:
                 position = {"loader": loader.state_dict(), "skipped": skipped, "config": to_dict(cfg)}
                 checkpoint.save(folder, done, model, optim, position, w, t.keep)
@@ -182,7 +182,7 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
     if trace:
         trace.close()
     if log:
-        write_outcome(folder, w.device)
+        write_outcome(folder, w.device, {name: table.stats() for name, table in model.tables().items()})
         log.close()
     if skipped:
         say(w, f"{skipped} non-finite steps were skipped")

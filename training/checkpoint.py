@@ -21,6 +21,8 @@ from models.folder import (
     load_model,
     load_weights,
     save_weights,
+    send_tables,
+    table_blocks,
     write_tensors,
 )
 from models.lm import LM
@@ -35,21 +37,27 @@ def save(run: Path, step: int, model: LM, optim: Optimizer, state: dict[str, Any
 
     Raises UserError on every rank when the disk refuses; the checkpoints before stay as they were.
     """
+    tables = table_blocks(model)
     generators = gather_objects(_generators(w), w)
     rng = {f"{rank}/{kind}": t for rank, found in enumerate(generators) for kind, t in found.items()}
     plain = {"step": step, "world_size": w.size, **state}
 
     def write() -> Path:
         path = run / "checkpoints" / f"step_{step:08d}"
-        with atomic_folder(path) as folder:
-            save_weights(model, folder)
-            write_tensors(optim.state_dict(), folder / "optim.safetensors")
-            write_tensors(rng, folder / "rng.safetensors")
-            (folder / "state.json").write_text(json.dumps(plain, indent=1))
+        try:
+            with atomic_folder(path) as folder:
+                save_weights(model, folder, tables)
+                write_tensors(optim.state_dict(), folder / "optim.safetensors")
+                write_tensors(rng, folder / "rng.safetensors")
+                (folder / "state.json").write_text(json.dumps(plain, indent=1))
+        finally:
+            send_tables(tables)  # of a disk that refused: the other ranks are still sending
         for old in [*checkpoints(run)[:-keep], *path.parent.glob(f"{TORN}*")]:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
+    if not w.is_main:
+        send_tables(tables)
     return on_main(write, w)
 
 
@@ -109,9 +117,9 @@ def init_from(model: LM, source: str) -> str:
     if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
         from models.hf import load_pretrained
 
-        other, _ = load_pretrained(path)
+        other, _ = load_pretrained(path, tables="mmap")
     else:
-        other, _ = load_model(path)
+        other, _ = load_model(path, tables="mmap")
     given = {name: p for name, p in other.state_dict().items() if not _follows_from_config(name)}
     own = {name: p for name, p in model.state_dict().items() if not _follows_from_config(name)}
     _must_fit(source, {n: tuple(t.shape) for n, t in given.items()}, {n: tuple(t.shape) for n, t in own.items()})

@@ -133,12 +133,17 @@ class Optimizer:
 
     def grads(self) -> list[Tensor]:
         """Every gradient there is, row gradients of tables included (summed over repeated rows)."""
-        found = [p.grad for p in self.params.values() if p.grad is not None]
-        return found + [g[1] for table in self.learning_tables().values() if (g := table.take_grad()) is not None]
+        taken = [table.take_grad() for table in self.learning_tables().values()]
+        return self._param_grads() + [t[1] for t in taken if t is not None]
+
+    def _param_grads(self) -> list[Tensor]:
+        return [p.grad for p in self.params.values() if p.grad is not None]
 
     def grad_norm(self) -> Tensor:
-        """The global L2 norm over everything that learns: a 0-d tensor, not synchronised with the host."""
-        return torch.nn.utils.get_total_norm(self.grads())
+        """The global L2 norm over everything that learns, each row once whoever owns it: a 0-d tensor, not synchronised with the
+        host. With tables that are split over ranks, all ranks call it."""
+        rows = [table.grad_to_measure() for table in self.learning_tables().values()]
+        return torch.nn.utils.get_total_norm(self._param_grads() + [g for g in rows if g is not None])
 
     def clip(self, norm: Tensor) -> None:
         """Scale all gradients so that their norm is at most ``cfg.clip``."""

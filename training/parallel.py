@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.rows import sum_rows
+from models.stores.sharded import Sharded
 from models.types import Stat, Write
 from training.optim import Optimizer
 
@@ -125,7 +126,7 @@ def gather_objects(value: Any, w: World) -> list[Any]:
 
 @torch.no_grad()
 def sync_gradients(optim: Optimizer, w: World) -> None:
-    """Mean of the gradients over ranks, in buckets; row stores: the union of rows, summed in rank order.
+    """Mean of the gradients over ranks, in buckets; of rows summed in the order of the ranks, on all or on their owner.
 
     A parameter without a gradient counts as zero on one rank as on many: whether a part was used by this batch must not
     decide whether its decay and momentum act.
@@ -146,7 +147,9 @@ def sync_gradients(optim: Optimizer, w: World) -> None:
     if bucket:
         _mean(bucket, w)
     for table in optim.learning_tables().values():
-        if table.meta.shard == "replicate":
+        if isinstance(table, Sharded):
+            table.average_grad()
+        else:
             _sync_rows(table, w)
 
 

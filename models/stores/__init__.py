@@ -15,6 +15,7 @@ KINDS = {
     "resident": "models.stores.resident:Resident",
     "host": "models.stores.host:Host",
     "mmap": "models.stores.mmap:Mapped",
+    "sharded": "models.stores.sharded:Sharded",
 }
 
 
