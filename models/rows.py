@@ -94,6 +94,10 @@ class RowStore:
         taken = self.take_grad()
         return None if taken is None else taken[1]
 
+    def stats(self) -> dict[str, float]:
+        """What the store measured about itself since it was made."""
+        return {}
+
     def begin(self, rows: Tensor) -> Tensor:
         """As `read`, but the values may still be on their way: nobody looks at them before `wait`."""
         return self.read(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -67,6 +68,9 @@ def test_killed_at_random_moments(tmp_path: Path, variant: str):
     assert whole.code == 0, whole.err
     assert len(losses(whole.run)) == STEPS
     assert losses(whole.run)[-1] < losses(whole.run)[0]
+    if variant == "host":
+        plain, cached = json.loads((whole.run / "environment.json").read_text())["tables"].values()
+        assert plain["hit_rate"] == 0 < cached["hit_rate"] < 1
 
     rng = random.Random(variant)
     files = 4 if variant in ("toys", "host") else 3  # written in one checkpoint

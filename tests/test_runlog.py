@@ -102,13 +102,14 @@ def test_environment_keeps_those_before(tmp_path: Path, monkeypatch: pytest.Monk
     for i in range(3):
         monkeypatch.setattr("sys.argv", ["train.py", str(i)])
         write_environment(tmp_path)
-    runfolder.write_outcome(tmp_path, torch.device("cpu"))
+    runfolder.write_outcome(tmp_path, torch.device("cpu"), {"memory": {"hit_rate": 0.5}, "silent": {}})
     runfolder.write_finished(tmp_path)
     found = json.loads((tmp_path / "environment.json").read_text())
     assert found["command"][1] == "2"
     assert [e["command"][1] for e in found["earlier"]] == ["0", "1"]
     assert "earlier" not in found["earlier"][1]
     assert set(found["kernels"]) == {"setting", "ran"}
+    assert found["tables"] == {"memory": {"hit_rate": 0.5}}
     assert found["finished"] is True
     assert found["peak_memory_bytes"] > 50e6  # this process holds torch
     write_environment(tmp_path)  # resumed: open again

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_outcome(run: Path, device: torch.device) -> None:
-    """Which kernels ran and why, and the most memory that this process needed, once that is known."""
-    _add_to_environment(run, kernels=_kernels(), peak_memory_bytes=_peak_memory(device))
+def write_outcome(run: Path, device: torch.device, tables: Mapping[str, Mapping[str, float]]) -> None:
+    """What is known at the end: which kernels ran and why, the most memory that this process needed, and what its tables
+    measured (`RowStore.stats`)."""
+    measured = {name: dict(stats) for name, stats in tables.items() if stats}
+    _add_to_environment(run, kernels=_kernels(), peak_memory_bytes=_peak_memory(device), tables=measured)
 
 
 def write_finished(run: Path) -> None:
