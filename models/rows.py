@@ -26,6 +26,9 @@ class Addressing(nn.Module):
     def use_tokenizer(self, tokenizer_json: str) -> None:
         """What the ids spell, for an addressing that asks; once, when a model is new. A saved one knows."""
 
+    def after_loading(self) -> None:
+        """For a loader that writes buffers itself, and not by ``load_state_dict``: read what they hold now. Raises UserError."""
+
     def must_agree(self, source: Any) -> None:
         """Raise UserError where a table that ``source`` (of the same class) addressed would have other rows here."""
 

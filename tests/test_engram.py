@@ -21,7 +21,7 @@ from eval.run import open_run
 from eval.validation import validate
 from models import LM, Batch, UserError, meta_model, model_config
 from models import state as states
-from models.folder import load_model, load_weights, save_weights
+from models.folder import load_model, load_weights
 from models.memories.engram import Engram
 from models.memories.engram_addressing import EngramAddressing
 from models.memories.engram_compression import Compression
@@ -393,7 +393,7 @@ SMALL = {
     "d_model": 16,
     "n_layers": 2,
     "blocks": {"only": {"mixer": {"kind": "attention", "heads": 2}}},
-    "at": {1: {"memory": {**ENGRAM, "base": 211}}},
+    "at": {1: {"memory": {**ENGRAM, "base": 211, "pad": 256}}},
 }
 
 
@@ -448,18 +448,26 @@ def test_judged_as_it_was_trained(run: Path):
     assert found == last
 
 
+@torch.no_grad()
 def test_a_saved_folder_travels(run: Path, tmp_path: Path):
-    pytest.importorskip("transformers")
+    """To our own format and to transformers, which loads tensor by tensor and generates with beams."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("models.hf.modeling")
     from models.hf import export_run, load_pretrained
 
     export_run(run, tmp_path / "out")
+    ours, _ = load_model(run)
     model, _ = load_pretrained(tmp_path / "out")
-    assert state_hash(model) == state_hash(load_model(run)[0])
-    save_weights(model, tmp_path)
-    fresh = models.build(model.cfg, seed=3)
-    load_weights(fresh, tmp_path)
-    assert state_hash(fresh) == state_hash(model)
-    assert (run / "checkpoints").is_dir()
+    assert state_hash(model) == state_hash(ours)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert state_hash(theirs.lm) == state_hash(ours)
+    here, there = addressing(ours), addressing(theirs.lm)
+    assert (there.pad, there.classes) == (here.pad, here.classes)
+    assert here.pad != 256
+    tokens = torch.tensor([[256, *b"Import A"], [256, *b"for x in"]])
+    assert same_bytes(theirs(tokens, use_cache=False).logits, ours(Batch(tokens)).logits)
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(theirs.generate(tokens, **options), theirs.generate(tokens, **options, use_cache=False))
 
 
 def test_a_pad_token_that_the_tokenizer_lacks(tmp_path: Path):

@@ -244,6 +244,8 @@ class LociForCausalLM(PreTrainedModel, GenerationMixin):
             device = model.lm.embed.weight.device
             model.lm._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
             load_tables(model.lm, Path(pretrained_model_name_or_path))
+        for addressing in model.lm.addressing.values():
+            addressing.after_loading()  # pyright: ignore[reportCallIssue]
         return loaded
 
 

@@ -148,16 +148,23 @@ class EngramAddressing(Addressing):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored, canonical = (state_dict.get(f"{prefix}{name}") for name in ("identity", "canonical"))
         if stored is not None and canonical is not None:
-            facts, tokens = stored.tolist()
-            if facts != self._facts():
-                what = "pad, seed, table size, compression or list of layer keys"
-                raise UserError(f"engram: the saved addresses belong to another {what}: {OTHER_ROWS}")
-            if self.final and tokens != self._map():
-                raise UserError(f"engram: the saved addresses belong to another token map: {OTHER_ROWS}")
-            ids = canonical.cpu().numpy()
-            self._take(Compression(ids, int(ids.max()) + 1))
-            self.final = True
+            self._adopt(stored, canonical)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def after_loading(self) -> None:
+        self._adopt(self.identity, self.canonical)
+
+    def _adopt(self, stored: Tensor, canonical: Tensor) -> None:
+        """Take a saved map, or refuse it."""
+        facts, tokens = stored.tolist()
+        if facts != self._facts():
+            what = "pad, seed, table size, compression or list of layer keys"
+            raise UserError(f"engram: the saved addresses belong to another {what}: {OTHER_ROWS}")
+        if self.final and tokens != self._map():
+            raise UserError(f"engram: the saved addresses belong to another token map: {OTHER_ROWS}")
+        ids = canonical.cpu().numpy()
+        self._take(Compression(ids, int(ids.max()) + 1))
+        self.final = True
 
     def must_agree(self, source: Addressing) -> None:
         assert isinstance(source, EngramAddressing)
