@@ -70,7 +70,8 @@ class NaiveBMojo:
         u = self.normed(x, "norm.weight")
         assert isinstance(self.part.ssm, LinearMixer)
         y = by_the_paper(self.part.ssm, u)
-        keys = keys_of(cfg, self.scores(y) if scores is None else scores.tolist())
+        own = write_errors(self.part.ssm, u) if cfg.score == "delta" else self.scores(y)
+        keys = keys_of(cfg, own if scores is None else scores.tolist())
         h = self.shifted(u)
         q, k, v = (h @ w.T for w in self.w["qkv.weight"].split(self.part.splits))
         fading = self.normed(y, "norms.fading_norm.weight") if cfg.fading_norm and cfg.m_f else y
@@ -129,3 +130,30 @@ class NaiveBMojo:
             return q @ k
         age = self.cfg.window if memory and self.cfg.pos == "rope_const" else t - j
         return turned(q, age, self.cfg.rope_theta) @ k
+
+
+def write_errors(part: LinearMixer, u: Tensor) -> list[float]:
+    """|v_t - (decayed S)^T k_t| of each token over the heads of a delta rule (arXiv:2412.06464, eq. 10)."""
+    heads, W = part.heads, part.cfg.conv
+    qkv, _, logits = (u.detach() @ part.project.weight.T).split(part.widths, dim=-1)
+    if part.conv is not None:
+        before = torch.cat((qkv.new_zeros(W - 1, qkv.shape[1]), qkv))
+        z = torch.stack([(before[t : t + W] * part.conv.weight.T).sum(0) for t in range(len(u))])
+        z = z if part.conv.bias is None else z + part.conv.bias
+        qkv = z / (1 + (-z).exp())
+    _, k, v = heads.split(qkv)
+    S = u.new_zeros(heads.value_heads, heads.key, heads.value)
+    found = []
+    for t in range(len(u)):
+        total = 0.0
+        for j in range(heads.value_heads):
+            key = k[t, j // (heads.value_heads // heads.heads)]
+            key = key / (key.square().sum() + 1e-6).sqrt()
+            if part.cfg.kind == "gated_delta":
+                dt = (logits[t, heads.value_heads + j] + part.rule.dt_bias[j]).exp().log1p()  # pyright: ignore
+                S[j] *= (-part.rule.A_log[j].exp() * dt).exp()  # pyright: ignore
+            error = v[t, j] - key @ S[j]
+            total += float(error.square().sum())
+            S[j] += logits[t, j].sigmoid() * (2 if part.cfg.allow_neg_eigval else 1) * torch.outer(key, error)
+        found.append(total**0.5)
+    return found

@@ -25,9 +25,12 @@ EVERY_SSM = pytest.mark.parametrize("ssm", SSMS)
 DEDUP = pytest.mark.parametrize("dedup", [True, False], ids=["dedup", "twice"])
 
 
-def build(ssm: str = "mamba2", dtype: torch.dtype = torch.float64, d_model: int = 8, **options: Any) -> LM:
+def build(
+    ssm: str | dict[str, Any] = "mamba2", dtype: torch.dtype = torch.float64, d_model: int = 8, **options: Any
+) -> LM:
     """A model of one layer, W = 4 and m_e = 3 unless said otherwise."""
-    part = {"kind": "bmojo", "ssm": SSMS[ssm], "heads": 2, "window": 4, "m_e": 3, **options}
+    inner = SSMS[ssm] if isinstance(ssm, str) else ssm
+    part = {"kind": "bmojo", "ssm": inner, "heads": 2, "window": 4, "m_e": 3, **options}
     return Case("bmojo", "mixer", part).build(dtype, n_layers=1, d_model=d_model)
 
 
@@ -101,7 +104,7 @@ def score_by(model: LM, scores: Tensor) -> None:
     """Scores [B, T] by position, whatever the outputs are."""
     part: Any = mixer(model)
 
-    def given(y: Tensor, ctx: Ctx, rows: Any, state: Any) -> tuple[Tensor, Any]:
+    def given(y: Tensor, error: Any, ctx: Ctx, rows: Any, state: Any) -> tuple[Tensor, Any]:
         return scores.gather(1, ctx.positions.clamp(min=0)), () if state is None else state.outputs
 
     part._score = given

@@ -141,6 +141,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
             score="stride",
             evict_gamma=0.9,
         ),
+        _bmojo("bmojo-delta", {"kind": "delta", "heads": 2}, score="delta"),
         _bmojo("bmojo-f", {"kind": "delta", "heads": 2}, m_e=0, token_shift=0, fading_norm=False),
         _bmojo("bmojo-self", _MAMBA2, fading_mode="self", window=5, score="random", score_debias=True),
         _bmojo("bmojo-ssm", _MAMBA2, fading_mode="self", window=0, m_e=0, kv_heads=1),

@@ -81,6 +81,35 @@ def test_options(options: dict[str, Any]):
             assert_close(pieces(model, x, sizes)[0], want, "forms")
 
 
+@pytest.mark.parametrize(
+    "ssm",
+    [
+        {"kind": "delta", "heads": 2, "conv": 0, "allow_neg_eigval": True},
+        {"kind": "gated_delta", "heads": 1, "value_heads": 2, "head_dim": 4},
+    ],
+    ids=lambda ssm: ssm["kind"],
+)
+def test_the_write_error_of_a_delta_rule(ssm: dict[str, Any]):
+    """The nested memory's own surprise: of whole sequences, packed and padded ones, in pieces and steps."""
+    model, T = build(ssm, window=3, score="delta"), 29
+    x = stream(2, T)
+    with torch.no_grad():
+        want, keys = naive(model, x)
+        assert_close(whole(model, x)[0], want, "forms")
+        for sizes in ([T], [1] * T, [6, 1, 9, 13]):
+            out, state = pieces(model, x, sizes, donate=True)
+            assert_close(out, want, "forms")
+            assert memory_of(state).position.tolist() == [row[-1].kept for row in keys]
+        packed, _ = whole(model, x, cu_seqlens=segments([[5, 24], [29]], T, pad_to=6))
+        assert_close(packed[0, 5:], naive(model, x[:1, 5:])[0][0], "forms")
+    tokens, valid = random_batch(2, T).tokens, torch.rand(2, T) < 0.6
+    for sizes in ([T], [1] * T, [4, 1, 11, 13]):
+        out, _, _ = in_pieces(model, tokens, sizes, T, valid=valid)
+        for row in range(2):
+            alone, _, _ = model.features(Batch(tokens[row : row + 1, valid[row]]))
+            assert_close(out[row : row + 1, valid[row]], alone, "forms")
+
+
 @pytest.mark.parametrize("pos", ["rope_const", "rope_true"])
 @EVERY_MODE
 def test_rotary_positions(mode: str, pos: str):
@@ -434,6 +463,7 @@ REFUSED = [
     ({"window": 0}, "window=0"),
     ({"heads": 4, "kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
     ({"score": "delat"}, "unknown score 'delat'"),
+    ({"score": "delta"}, "ssm 'mamba2' is no delta rule"),
     ({"pos": "rope"}, "unknown pos 'rope'"),
     ({"fading_mode": "bands"}, "unknown fading_mode 'bands'"),
     ({"evict_gamma": 0.0}, "evict_gamma must lie in"),

@@ -74,7 +74,7 @@ def test_cost_counts_the_flops(case: Case, monkeypatch: pytest.MonkeyPatch):
     rows: dict[nn.Module, int] = {}
 
     def note(form: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows[form] = args[0].shape[:2].numel()
+        rows[form] = rows.get(form, 0) + args[0].shape[:2].numel()
 
     forms = {f"LM.{name}": m for name, m in model.named_modules() if isinstance(m, (Rule, ShortConv))}
     for form in forms.values():

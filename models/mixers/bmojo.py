@@ -26,8 +26,19 @@ from kernels.rope import rotate
 from models import zoo
 from models.errors import UserError
 from models.mixers.attention import AttentionConfig, rope_table
-from models.mixers.bmojo_scores import CONTROLS, INNOVATIONS, SCORES, control, innovation, predict, rank
+from models.mixers.bmojo_scores import (
+    CONTROLS,
+    INNOVATIONS,
+    SCORES,
+    control,
+    innovation,
+    predict,
+    rank,
+    write_error,
+    write_error_flops,
+)
 from models.mixers.bmojo_state import BMojoState, Line, line_of, put, take
+from models.mixers.linear import DeltaConfig
 from models.mixers.pieces import ROWS, Rows, ShortConv, rows_of
 from models.mixers.rules import wide
 from models.parsing import choice
@@ -66,7 +77,9 @@ class BMojoConfig:
     # Which outputs are fading keys of token t in chunk c: "chunk", m_f of chunk c - 1, the last one and then every W // m_f-th
     # before it, so that no other output of the ssm gets a gradient; "point", y_{t-W}; "band", the W up to y_{t-W}; "self", y_t.
     fading_mode: str = "chunk"
-    score: str = "innov"  # innov | innov_l2 | innov_cos, or a control: random | fifo | first | stride
+    # innov | innov_l2 | innov_cos: how badly outputs predict the next one; delta: the write error of a nested delta rule, by a
+    # second scan; or a control: random | fifo | first | stride.
+    score: str = "innov"
     score_k: int = 4  # outputs that predict the next one
     score_weights: tuple[float, ...] = ()  # of the last, the one before, ...; empty: all the same
     score_floor: float = 1e-6  # innovations below are rounding, and count as 0
@@ -98,6 +111,8 @@ class BMojoConfig:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}")
         choice("fading_mode", self.fading_mode, FADING)
         choice("score", self.score, SCORES)
+        if self.score == "delta" and not isinstance(ssm, DeltaConfig):
+            raise UserError(f"score=delta: ssm '{ssm.kind}' is no delta rule; delta and gated_delta are")
         choice("pos", self.pos, POSITIONS)
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise UserError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
@@ -202,6 +217,10 @@ class BMojo(Part):
         self, x: Tensor, ctx: Ctx, state: BMojoState | None = None, donate: bool = False
     ) -> tuple[Tensor, BMojoState | None, Aux]:
         u = self.norm(x)
+        error = None
+        if self.cfg.m_e and self.cfg.score == "delta":  # before the memory that it is about may be written over
+            rows = ctx.shared[self._places_key].rows
+            error = write_error(self.ssm, u, ctx, rows, None if state is None else state.ssm)  # pyright: ignore[reportArgumentType]
         y, ssm, aux = self.ssm(u, ctx, None if state is None else state.ssm, donate)
         aux = aux.prefixed("ssm")
         if not self.cfg.window:
@@ -213,7 +232,7 @@ class BMojo(Part):
         places: Places = ctx.shared[self._places_key]
         h, shift = self._shifted(u, places.rows, state, donate)
         q, k, v = self._heads(h)
-        score, outputs = self._score(y, ctx, places.rows, state)
+        score, outputs = self._score(y, error, ctx, places.rows, state)
         if state is None:
             o = self._whole(q, k, v, y, score, ctx, places)
         else:
@@ -266,11 +285,15 @@ class BMojo(Part):
         return turned, k, self._rotated(q, away)
 
     @torch.no_grad()
-    def _score(self, y: Tensor, ctx: Ctx, rows: Rows, state: BMojoState | None) -> tuple[Tensor | None, State]:
+    def _score(
+        self, y: Tensor, error: Tensor | None, ctx: Ctx, rows: Rows, state: BMojoState | None
+    ) -> tuple[Tensor | None, State]:
         """-> (score of each token, fp32 [B, T]; the last outputs)."""
         cfg = self.cfg
         if not cfg.m_e:
             return None, ()
+        if error is not None:
+            return self._floored(error), ()
         if cfg.score in CONTROLS:
             return control(cfg.score, ctx, self.site.layer), ()
         y = y.detach().to(wide(y.dtype))
@@ -280,7 +303,10 @@ class BMojo(Part):
         if cfg.score_debias:
             seen = ctx.positions.clamp(0, cfg.score_k)
             score = score * (seen / (seen + 1)).where(seen > 0, 1)
-        return torch.where(score < cfg.score_floor, 0, score).float(), () if outputs is None else outputs
+        return self._floored(score), () if outputs is None else outputs
+
+    def _floored(self, score: Tensor) -> Tensor:
+        return torch.where(score < self.cfg.score_floor, 0, score).float()
 
     # -- whole sequences
 
@@ -619,6 +645,8 @@ class BMojo(Part):
             return inner + Cost(own, own, flops + 2 * self.qkv.weight.numel())
         flops += 2 * self.qkv.weight.numel() + (0 if self.shift is None else self.shift.flops())
         flops += 4 * self.heads * self.head_dim * self._keys(seq_len)
+        if cfg.m_e and cfg.score == "delta":
+            flops += write_error_flops(self.ssm)
         if cfg.m_f:
             outputs = cfg.m_f * -(-seq_len // cfg.window) / seq_len if cfg.fading_mode == "chunk" else 1
             flops += 2 * kv * self.site.d_model * outputs

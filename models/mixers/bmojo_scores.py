@@ -8,17 +8,21 @@ relative, because top-m compares positions across a sequence, and a raw norm wou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from models.mixers.linear import LinearMixer, LinearState
 from models.mixers.pieces import Rows
+from models.mixers.rules import Delta, wide
 from models.types import Ctx
 
 INNOVATIONS = ("innov", "innov_l2", "innov_cos")
 CONTROLS = ("random", "fifo", "first", "stride")
-SCORES = (*INNOVATIONS, *CONTROLS)
+SCORES = (*INNOVATIONS, "delta", *CONTROLS)
+L2_EPS = 1e-6  # of the delta rule's unit keys
 _EPS = 1e-9
 
 
@@ -55,6 +59,57 @@ def innovation(kind: str, y: Tensor, prediction: Tensor) -> Tensor:
         return error.square() / (sizes[0].square() + sizes[1].square() + _EPS)
     agreement = torch.linalg.vecdot(y, prediction) / (sizes[0] * sizes[1] + _EPS)
     return (1 - agreement).clamp(min=0)
+
+
+@torch.no_grad()
+def write_error(part: LinearMixer, u: Tensor, ctx: Ctx, rows: Rows, state: LinearState | None) -> Tensor:
+    """Of a nested delta rule that reads u [B, T, D]: |v_t - decay(S_{t-1})^T k_t| over all heads [B, T], what the memory did not
+    expect.
+
+    S_{t-1} is read by a second scan, whose query at t - 1 is the key at t; before the first token of a call, from the state.
+    """
+    rule = part.rule
+    assert isinstance(rule, Delta)
+    qkv, _, logits = part.project(part.norm(u)).split(part.widths, dim=-1)
+    if state is not None and u.shape[1] == 1:
+        if part.conv is not None:
+            qkv, _ = part.conv.step(qkv, state.conv[:, None], index=rows.index)
+        x = rule.inputs(*part.heads.split(qkv), logits, ctx.positions)
+        k, v, g = x.k.to(wide(x.k.dtype)), x.v.to(wide(x.v.dtype)), x.g
+        read = torch.zeros_like(v)
+    else:
+        before = LinearState(None, None) if state is None else state  # pyright: ignore[reportArgumentType]
+        qkv, logits, positions = (rows.pack(x) for x in (qkv, logits, ctx.positions))
+        if part.conv is not None:
+            qkv, _ = part.conv(qkv, initial_state=before.conv, cu_seqlens=rows.cu_seqlens)
+        q, k, v = part.heads.split(qkv)
+        x = rule.inputs(q, k, v, logits, positions)
+        ahead = k.roll(-1, 1)
+        o, _ = rule(ahead, k, v, logits, positions, initial_state=before.memory, cu_seqlens=rows.cu_seqlens)
+        k, v, read = (rows.unpack(y.to(wide(y.dtype)), len(u)) for y in (x.k, x.v, o.roll(1, 1) / rule.scale))
+        g = None if x.g is None else rows.unpack(x.g, len(u))
+    known = torch.zeros_like(read)
+    if state is not None:
+        unit = k * (k.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
+        unit = unit.repeat_interleave(part.heads.value_heads // part.heads.heads, dim=2)
+        known = torch.einsum("bthk,bhkv->bthv", unit, state.memory.to(unit.dtype))
+    read = torch.where(_first(ctx, state is not None)[..., None, None], known, read)
+    error = v - (read if g is None else g.exp()[..., None] * read)
+    return torch.linalg.vector_norm(error.flatten(2), dim=-1)
+
+
+def write_error_flops(part: Any) -> float:
+    """Per token: what the nested mixer does up to its rule, once more."""
+    conv = 0 if part.conv is None else part.conv.flops()
+    return 2 * part.project.weight.numel() + conv + part.rule.flops()
+
+
+def _first(ctx: Ctx, continued: bool) -> Tensor:
+    """Which tokens are the first of their sequence, or of the call that continues it: bool [B, T]."""
+    if not continued:
+        return ctx.positions == 0
+    before = ctx.positions[:, :1] - 1 if ctx.valid is None else ctx.positions[:, :1] - ctx.valid[:, :1].long()
+    return ctx.positions == before + 1
 
 
 @torch.no_grad()
