@@ -59,9 +59,11 @@ def memory_gate(
     if conv_weight is not None and conv_gain is not None:
         wide = torch.promote_types(h.dtype, torch.float32)
         taps = conv_gain.to(wide)[..., None] * conv_weight.to(wide)
-    backend = dispatch.choose("memory_gate", h.device, None)
     values, scales = (None, None) if state is None else state
     tensors = (h, key, value, gain, taps, valid, segments, values, scales)
+    dtypes = {t.dtype for t in (h, key, value)}
+    recorded = state is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    backend = dispatch.choose("memory_gate", h.device, lambda: _why_not(dtypes, recorded))
     options = (dilation, eps, gate == "signed_sqrt")
     y, alpha, values, scales = _op(*tensors, options=options, backend=backend)
     return y, alpha, None if state is None else GateState(values, scales)
@@ -107,8 +109,18 @@ def _check(
             raise ValueError(f"{name} must be {list(shape)} beside h {list(h.shape)}: {list(x.shape)}")
 
 
+def _why_not(dtypes: set[torch.dtype], recorded: bool) -> str | None:
+    if dtypes - {torch.float32, torch.float16, torch.bfloat16}:
+        return f"there is {', '.join(sorted(map(str, dtypes)))}"
+    return "a state is given and gradients are recorded" if recorded else None
+
+
 def _form(backend: str) -> Any:
-    return reference
+    if backend == "reference":
+        return reference
+    from kernels.memory_gate import triton
+
+    return triton
 
 
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
