@@ -24,6 +24,7 @@ class Grid(NamedTuple):
         Tensor | None
     )  # int64 [rows in use], of each flat row among the G * C; None: T rows in the chunks of each of B
     lead: tuple[int, int]  # B, T
+    inside: Tensor | None = None  # bool [B T, 1, 1], whether a row in use belongs to a segment; None: it does
 
     @property
     def tiles(self) -> list[slice]:
@@ -37,7 +38,8 @@ class Grid(NamedTuple):
         if self.cell is None:
             out.view(h, B, -1, width)[:, :, :T].copy_(x.permute(2, 0, 1, 3))
         else:
-            out.index_copy_(1, self.cell, x.flatten(0, 1)[: len(self.cell)].transpose(0, 1).to(out.dtype))
+            rows = self._own(x.flatten(0, 1)[: len(self.cell)])
+            out.index_copy_(1, self.cell, rows.transpose(0, 1).to(out.dtype))
         return out.view(h, G, self.size, width)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -56,22 +58,34 @@ class Grid(NamedTuple):
         if self.cell is None:
             return x.view(len(x), B, -1, width)[:, :, :T].permute(1, 2, 0, 3).contiguous()
         out = x.new_zeros(B, T, len(x), width)
-        out.flatten(0, 1)[: len(self.cell)] = x.index_select(1, self.cell).transpose(0, 1)
+        out.flatten(0, 1)[: len(self.cell)] = self._own(x.index_select(1, self.cell).transpose(0, 1))
         return out
+
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows if self.inside is None else rows.where(self.inside, 0)
 
 
 def grid(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int) -> Grid:
-    """Chunks shorter than the window where no segment fills one; of ragged rows only the slots in use, which the host reads."""
+    """Chunks shorter than the window where no segment fills one. Of ragged rows only the slots in use, where looking is free: on a
+    CPU; elsewhere all."""
     (B, T), heads = q.shape[:2], k.shape[2]
     if cu_seqlens is None:
         per = -(-T // window)
         return Grid(heads, min(window, T), torch.arange(per, device=q.device).repeat(B), None, None, (B, T))
-    at, used = chunks(B, T, cu_seqlens, window), int(cu_seqlens[-1])
+    at = chunks(B, T, cu_seqlens, window)
+    if not host_may_look(q):
+        inside = (torch.arange(B * T, device=q.device) < cu_seqlens[-1])[:, None, None]
+        return Grid(heads, window, at.before // window, None, at.slot * window + at.offset, (B, T), inside)
+    used = int(cu_seqlens[-1])
     slot, inverse = at.slot[: max(used, 1)].unique(return_inverse=True)  # never none, so that nothing is without chunks
     size = int(at.count[slot].max())
     return Grid(
         heads, size, at.before[slot] // window, slot, (inverse * size + at.offset[: len(inverse)])[:used], (B, T)
     )
+
+
+def host_may_look(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 class Branch(Protocol):

@@ -32,17 +32,28 @@ def predict(
 ) -> tuple[Tensor, Tensor | None]:
     """y [B, T, D], positions [B, T], tail [B, k, D] of outputs before (None: whole sequences) -> (the prediction of each from those
     before it, sum_i a_i y_{t-i} / sum_i a_i over the i there are, zero at a first token; the new tail)."""
-    a = torch.tensor([*reversed(weights), 0.0], device=y.device, dtype=y.dtype)
-    taps = a.expand(y.shape[-1], -1)
-    if tail is not None and y.shape[1] == 1:
-        said, new = causal_conv1d_step(y, taps, None, tail[:, None], index=rows.index)
-        tail = new[:, 0]
-    else:
-        packed, cu = rows.pack(y), rows.cu_seqlens
-        said, tail = causal_conv1d(packed, taps, initial_state=tail, output_final_state=tail is not None, cu_seqlens=cu)
-        said = rows.unpack(said, len(y))
-    mass = a.flip(0).cumsum(0)[positions.clamp(0, len(weights))]
-    return said / mass.clamp(min=_EPS)[..., None], tail
+    a = torch.stack(
+        [torch.full((), w, device=y.device, dtype=y.dtype) for w in (0.0, *weights)]
+    )  # no copy from the host
+    one = torch.ones_like(a[:1])
+    before = (None, None) if tail is None else (tail[:, -1:], tail[:, :-1])
+    late, last = _convolved(y, torch.cat((one, one - 1)), before[0], rows)
+    said, earlier = _convolved(late, a[1:].flip(0), before[1], rows)
+    mass = a.cumsum(0)[positions.clamp(0, len(weights))]
+    return said / mass.clamp(min=_EPS)[..., None], None if last is None or earlier is None else torch.cat(
+        (earlier, last), 1
+    )
+
+
+def _convolved(x: Tensor, taps: Tensor, tail: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """x [B, T, D] with the same taps [W] for all channels, tail [B, W-1, D] -> (sum_i taps_i x_{t-W+1+i}, the new tail)."""
+    weight = taps.expand(x.shape[-1], -1)
+    if tail is not None and x.shape[1] == 1:
+        y, new = causal_conv1d_step(x, weight, None, tail[:, None], index=rows.index)
+        return y, new[:, 0]
+    keep, cu = tail is not None, rows.cu_seqlens
+    y, tail = causal_conv1d(rows.pack(x), weight, initial_state=tail, output_final_state=keep, cu_seqlens=cu)
+    return rows.unpack(y, len(x)), tail
 
 
 @torch.no_grad()

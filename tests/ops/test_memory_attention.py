@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.chunks import chunks, slots
-from kernels.memory_attention import FADING, memory_attention, reference
+from kernels.memory_attention import FADING, branches, memory_attention, reference
 from kernels.prefix_topm import prefix_topm
 from tests.tools import assert_close, same_bytes, segments
 
@@ -102,6 +102,14 @@ def test_equals_the_definition(window: int, ragged: bool, fading: str | None):
         check(args)
         if ragged:
             assert not run(args).flatten(0, 1)[37:].any()
+
+
+@KINDS
+def test_without_a_look_at_the_segments(monkeypatch: pytest.MonkeyPatch, fading: str | None):
+    """The form for devices whose numbers the host should not wait for: every slot is computed, those without a chunk too."""
+    monkeypatch.setattr(branches, "host_may_look", lambda _: False)
+    for ends in ([0, 5, 5, 6, 20, 37, 37], [0, 0, 0], [0, 17, 40, 40, 40]):
+        check(arguments(window=4, fading=fading, cu=torch.tensor(ends, dtype=torch.int32), two_queries=True))
 
 
 @KINDS
