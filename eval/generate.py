@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,8 @@ __all__ = ["generate", "main", "sample_text"]
 
 EXAMPLE = """examples:
   python -m eval.generate runs/quickstart --prompt "def " --max-tokens 200 --temperature 0.8 --seed 1
-  python -m eval.generate runs/quickstart --prompt "import os" --greedy --save-state memory.safetensors
-  python -m eval.generate runs/quickstart --load-state memory.safetensors --max-tokens 100
+  python -m eval.generate runs/quickstart --prompt-file book.txt --max-tokens 0 --save-state book.safetensors
+  python -m eval.generate runs/quickstart --load-state book.safetensors --prompt "In short, " --max-tokens 100
 """
 
 
@@ -56,35 +58,63 @@ def sample_text(
 
 
 def save_state(decoder: Decoder, path: str | Path, run: LoadedRun) -> None:
-    """The memory of one sequence, with the id that it has not read yet; raises UserError when the disk refuses."""
+    """The memory of one sequence, with the id that it has not read yet; the header says of which weights and tokenizer it is.
+
+    Raises UserError when the disk refuses; nothing half-written stays behind.
+    """
+    tokens = int(decoder.state.seen.max()) + len(decoder.last)
+    about = {"pending": decoder.last, "tokens": tokens, "run": run.name}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        state.save(decoder.state, path, pending=decoder.last, checkpoint=run.checkpoint, run=run.name)
+        state.save(decoder.state, temporary, **about, checkpoint=run.checkpoint, tokenizer=run.tokenizer.fingerprint)
+        os.replace(temporary, path)
+    except UserError:
+        raise
     except Exception as error:  # safetensors wraps I/O failures in an error of its own
         raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_decoder(run: LoadedRun, path: str | Path, more: list[int], max_new: int) -> Decoder:
-    """A decoder that goes on from a saved memory, after the ids ``more``; UserError if it is not of these weights."""
+    """A decoder that goes on from a saved memory, after the ids ``more``; the file is only read, so any number may branch from it.
+
+    Raises UserError for a state of other weights or another tokenizer, and where the context gets longer than the model's.
+    """
     if not Path(path).is_file():
         raise UserError(f"no state at '{path}'")
     about = state.about(path)
-    seen = state.load(path, run.model.init_state(1, 1), run.model.embed.weight.device)
     if about.get("checkpoint") != run.checkpoint:
-        raise UserError(
-            f"{path}: saved from other weights ({about.get('run', 'unknown')}), its memory means nothing to these"
-        )
+        whose = about.get("run", "unknown")
+        raise UserError(f"{path}: saved from other weights ({whose}), its memory means nothing to these")
+    if about.get("tokenizer") != run.tokenizer.fingerprint:
+        raise UserError(f"{path}: saved with another tokenizer, its ids spell something else here")
+    _check_room(run, about["tokens"] + len(more), max_new)
+    seen = state.load(path, run.model.init_state(1, 1), run.model.embed.weight.device)
+    room = about["tokens"] + len(more) + max_new
     pending = [*about["pending"], *more]
-    room = int(seen.seen.max()) + len(pending) + max_new
     return Decoder.resume(run.model, _with_room(seen, run.model.init_state(1, room)), pending)
 
 
+def _check_room(run: LoadedRun, tokens: int, max_new: int) -> None:
+    limit = run.model.cfg.max_seq_len
+    if limit and tokens + max_new > limit:
+        raise UserError(
+            f"{tokens} prompt tokens and {max_new} new ones do not fit the context of {limit} of this model"
+            + (f"; --max-tokens {limit - tokens} does" if tokens < limit else "")
+        )
+
+
 def _with_room(saved: LMState, empty: LMState) -> LMState:
-    """A state made for fewer tokens inside one made for more: buffers grow at their ends."""
+    """A state made for fewer tokens inside one made for more: buffers grow at their ends, and take this model's dtype."""
 
     def grow(old: Any, new: Any) -> Any:
-        if not isinstance(old, Tensor) or old.shape == new.shape:
+        if not isinstance(old, Tensor):
             return old
-        if old.ndim != new.ndim or any(o > n for o, n in zip(old.shape, new.shape)):
+        old = old.to(new.dtype)
+        if old.shape == new.shape or any(o > n for o, n in zip(old.shape, new.shape)):
             return old
         new = new.clone()
         new[tuple(slice(0, n) for n in old.shape)] = old
@@ -114,8 +144,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--samples", type=int, default=1, help="continuations of the same prompt, which is read once")
     p.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text (repeatable)")
-    p.add_argument("--save-state", metavar="FILE", help="keep the model's memory of the sequence")
-    p.add_argument("--load-state", metavar="FILE", help="go on from a kept memory; --prompt comes after it")
+    p.add_argument("--save-state", metavar="FILE", help="keep the model's memory of all that was read and written")
+    p.add_argument(
+        "--load-state", metavar="FILE", help="go on from a kept memory, as often as you like; --prompt comes after it"
+    )
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
     p.add_argument("--step", type=int, help="an older checkpoint")
@@ -156,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"--- sample {n + 1}\n{prompt}{cut_at(tokenizer.decode(ids), args.stop)}")
     if args.save_state:
         save_state(decoder, args.save_state, run)
-        print(f"state after {int(decoder.state.seen[0])} tokens: {args.save_state}", file=sys.stderr)
+        print(f"state after {int(decoder.state.seen[0]) + 1} tokens: {args.save_state}", file=sys.stderr)
     return 0
 
 
@@ -165,12 +197,7 @@ def _start(run: LoadedRun, args: argparse.Namespace, prompt: str) -> Decoder:
     if args.load_state:
         return load_decoder(run, args.load_state, ids, args.max_tokens)
     ids = [run.tokenizer.bos_id, *ids]
-    limit = run.model.cfg.max_seq_len
-    if limit and len(ids) + args.max_tokens > limit:
-        raise UserError(
-            f"{len(ids)} prompt tokens and {args.max_tokens} new ones do not fit the context of {limit} of this model"
-            + (f"; --max-tokens {limit - len(ids)} does" if len(ids) < limit else "")
-        )
+    _check_room(run, len(ids), args.max_tokens)
     return Decoder(run.model, [ids], args.max_tokens)
 
 

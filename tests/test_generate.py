@@ -7,10 +7,10 @@ import torch
 
 from data import ByteTokenizer
 from eval.decoding import Decoder, choose, generate, run_decoder
-from eval.generate import load_decoder, main, sample_text, save_state
+from eval.generate import main, sample_text
 from eval.streams import StopStrings, TextStream, cut_at
 from models import Batch, UserError
-from tests.test_eval_runs import HYBRID, LEARNED, LINEAR, tiny_model, tiny_run, write_run
+from tests.test_eval_runs import HYBRID, LEARNED, LINEAR, tiny_model, write_run
 
 PROMPTS = [[256, 100, 101, 102], [256], [256, *range(40, 60)]]
 
@@ -115,36 +115,6 @@ def test_sample_text_is_quiet(tmp_path):
     assert not model.training
     short = tiny_model(LEARNED)
     assert sample_text(short, ByteTokenizer(), "abc", 500, seed=0).startswith("abc")
-
-
-# -- states on disk
-
-
-@pytest.mark.parametrize("shape", [HYBRID, LEARNED, LINEAR])
-def test_a_saved_state_goes_on_where_it_stopped(tmp_path, shape):
-    run = tiny_run(tmp_path / "run", shape)
-    prompt = [256, 65, 66, 67]
-    whole = generate(run.model, [prompt], 16)[0]
-    decoder = Decoder(run.model, [prompt], 9)
-    first = run_decoder(decoder, 9)[0]
-    save_state(decoder, tmp_path / "memory", run)
-    second = run_decoder(load_decoder(run, tmp_path / "memory", [], 7), 7)[0]
-    assert first + second == whole
-    more = run_decoder(load_decoder(run, tmp_path / "memory", [70, 71], 5), 5)[0]
-    assert more == generate(run.model, [[*prompt, *first, 70, 71]], 5)[0]
-
-
-def test_a_state_of_other_weights_is_refused(tmp_path):
-    run, other = tiny_run(tmp_path / "run"), tiny_run(tmp_path / "other", std=0.1)
-    save_state(Decoder(run.model, [[256]], 1), tmp_path / "memory", run)
-    (tmp_path / "junk").write_bytes(b"no state")
-    for opened, file, words in [
-        (other, "memory", "saved from other weights"),
-        (run, "junk", "cannot read the state"),
-        (run, "none", "no state at"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            load_decoder(opened, tmp_path / file, [], 1)
 
 
 # -- text
