@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +71,12 @@ class LM(nn.Module):
         self.register_buffer("progress", torch.zeros(()))
         self.addressing = nn.ModuleDict(self._addressing())
         self.loss_weights = self._loss_weights()
-        self._shared = {
-            key: (fn, i, slot) for i, slot, part in reversed(list(self.parts())) for key, fn in part.shared().items()
-        }
+        self._shared = self._shared_functions()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy asks its own parts for what they share, not those of the original."""
+        super().__setstate__(state)
+        self._shared = self._shared_functions()
 
     def _site(self, layer: int) -> Site:
         c = self.cfg
@@ -100,6 +103,11 @@ class LM(nn.Module):
             by_class.setdefault(type(part), []).append(part)
         made = {cls.__name__: cls.addressing(parts) for cls, parts in by_class.items()}
         return {name: module for name, module in made.items() if module is not None}
+
+    def _shared_functions(self) -> dict[str, tuple[Callable[[Ctx, State | None], Any], int, str]]:
+        """(function, layer, slot) by key, of the first part that asks for the key."""
+        found = reversed(self.parts())
+        return {key: (fn, i, slot) for i, slot, part in found for key, fn in part.shared().items()}
 
     def _loss_weights(self) -> dict[str, float]:
         weights = {"lm": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,14 @@ def test_a_loaded_model_finds_its_tables_and_addresses(tmp_path: Path):
     assert state_hash(one) == state_hash(two)
     one(random_batch(2, 5)).losses["lm"].backward()
     assert {name.split(".")[1] for name in gradients(one) if name.endswith("table")} == {"1", "2"}
+
+
+def test_a_copy_of_a_model_reads_its_own_rows():
+    model = next(case for case in MODELS if case.name == "model-everything").build()
+    batch = random_batch(2, 5)
+    twin, before = copy.deepcopy(model), model(batch).losses["lm"]
+    assert torch.equal(twin(batch).losses["lm"], before)
+    for table in twin.tables().values():
+        table.state_dict()["values"].zero_()
+    assert not torch.equal(twin(batch).losses["lm"], before)
+    assert torch.equal(model(batch).losses["lm"], before)
