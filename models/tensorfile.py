@@ -100,6 +100,9 @@ class MappedFile:
         if scattered:
             self._map.madvise(mmap.MADV_RANDOM)
 
+    def __deepcopy__(self, _: Any) -> MappedFile:
+        return self  # nobody can change it
+
     def names(self) -> list[str]:
         return list(self._header)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -19,14 +20,15 @@ from torch import Tensor
 from eval.decoding import generate
 from eval.generate import main as generate_main
 from eval.run import open_run
-from models import LM, UserError
+from models import LM, UserError, build
 from models.folder import TABLES, load_model, with_tables
 from models.stores import StoreConfig, build_store
 from models.stores.mmap import Mapped
 from models.tensorfile import PAGE, Blocks, MappedFile, write_tensors
 from tests.runs import ROOT, one_error, train, write_config
 from tests.test_eval_runs import tiny_model, write_run
-from tests.tools import random_batch, same_bytes, spread
+from tests.tools import assert_close, random_batch, same_bytes, spread
+from training import checkpoint
 from training.optim import OptimConfig, Optimizer
 
 WIDTH = 16
@@ -102,6 +104,36 @@ def test_a_model_with_mapped_tables_says_the_same(run: Path):
 def test_in_another_dtype_too(run: Path):
     held, mapped = (load_model(run, dtype=torch.bfloat16, tables=kind)[0] for kind in (None, "mmap"))
     assert same_bytes(_logits(mapped), _logits(held))
+
+
+def test_a_copy_and_a_compiled_model_say_the_same(run: Path):
+    mapped = load_model(run, tables="mmap")[0]
+    expected = _logits(mapped)
+    assert same_bytes(_logits(copy.deepcopy(mapped)), expected)
+    mapped.compile(backend="eager")
+    assert_close(_logits(mapped), expected, "forms", torch.float32)
+
+
+@pytest.mark.cuda
+def test_rows_arrive_on_the_device(run: Path):
+    """Gathered in host memory, then sent: the logits are those of a table that is there."""
+    held, mapped = (load_model(run, "cuda", tables=kind)[0] for kind in (None, "mmap"))
+    batch = random_batch(3, 40, 257, targets=False).to("cuda")
+    with torch.inference_mode():
+        assert same_bytes(mapped(batch).logits, held(batch).logits)
+
+
+def test_a_new_model_starts_from_the_rows_of_a_run(run: Path):
+    """`--init-from` reads them out of the file, so that no table is in memory twice."""
+    source = load_model(run)[0]
+    for kind in ("resident", "host", "sharded"):
+        model = build(with_tables(source.cfg, kind), seed=5)
+        said = checkpoint.init_from(model, str(run))
+        assert "0 keep their fresh initialisation" in said
+        for name, table in model.tables().items():
+            state = table.state_dict()
+            assert same_bytes(state["values"], source.tables()[name].state_dict()["values"])
+            assert not any(state[moment].any() for moment in ("m", "v", "steps"))
 
 
 def test_every_kind_reads_the_same_checkpoint(run: Path):

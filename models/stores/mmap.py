@@ -43,7 +43,11 @@ class Mapped(Table):
         return self._opened().under(self._name)
 
     def read(self, rows: Tensor) -> Tensor:
-        return self.wait(self.begin(rows))
+        return self.wait(self.begin(rows))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.compiler.disable  # it could not see what `wait` writes, so it breaks its graph here
+    def prefetch(self, rows: Tensor) -> Tensor:
+        return super().prefetch(rows)
 
     def begin(self, rows: Tensor) -> Tensor:
         distinct, places = torch.unique(rows, return_inverse=True)
@@ -53,6 +57,7 @@ class Mapped(Table):
         self._begun[out.data_ptr()] = distinct, places.flatten()
         return out
 
+    @torch.compiler.disable
     @torch.no_grad()
     def wait(self, values: Tensor) -> Tensor:
         begun = self._begun.pop(values.data_ptr(), None)
@@ -81,4 +86,4 @@ class Mapped(Table):
             "kind=host keeps a table that learns in host memory"
         )
 
-    reset = load_state_dict = zero_moments = collect = step = update = _refuse
+    reset = load_state_dict = load_values = zero_moments = collect = step = update = _refuse
