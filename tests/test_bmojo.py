@@ -263,6 +263,22 @@ def test_constant_outputs_are_no_innovation():
         assert memory_of(state).score[0, 4:].tolist() == [1.0, 0.0, 0.0]
 
 
+@torch.no_grad()
+def test_stats_say_whether_the_set_freezes():
+    model, x = build(window=4, m_e=6), stream(2, 50)
+    for cu in (None, segments([[20, 30], [50]], 50, pad_to=6)):
+        _, aux = whole(model, x, cu_seqlens=cu)
+        lengths = [(0, 0, 50), (1, 0, 50)] if cu is None else [(0, 0, 20), (0, 20, 50), (1, 0, 50)]
+        ages, new = [], []
+        for row, start, end in lengths:
+            _, keys = naive(model, x[row : row + 1, start:end])
+            for t in range(0, end - start, 4):
+                ages += [(t - p) / t for p in keys[0][t].kept]
+                new += [p >= t - 4 for p in keys[0][t].kept]
+        assert float(aux.stats["kept_age"].value) == pytest.approx(sum(ages) / len(ages), rel=1e-5)
+        assert float(aux.stats["kept_new"].value) == pytest.approx(sum(new) / len(new), rel=1e-5)
+
+
 def context(tokens: Tensor) -> Ctx:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     return Ctx(tokens, positions, None, None, torch.zeros(()), {}, {})

@@ -51,6 +51,7 @@ from models.types import (
     Part,
     RowReset,
     Site,
+    Stat,
     State,
     Write,
     build_norm,
@@ -234,7 +235,8 @@ class BMojo(Part):
         q, k, v = self._heads(h)
         score, outputs = self._score(y, error, ctx, places.rows, state)
         if state is None:
-            o = self._whole(q, k, v, y, score, ctx, places)
+            o, stats = self._whole(q, k, v, y, score, ctx, places)
+            aux = aux._replace(stats=aux.stats | stats)
         else:
             state = state._replace(ssm=ssm, shift=shift, outputs=outputs)
             run = self._piece if x.shape[1] > 1 else self._step
@@ -312,9 +314,9 @@ class BMojo(Part):
 
     def _whole(
         self, q: Tensor, k: Tensor, v: Tensor, y: Tensor, score: Tensor | None, ctx: Ctx, places: Places
-    ) -> Tensor:
-        """-> o [B, T, H, K]."""
-        cfg, rows, at = self.cfg, places.rows, places.chunks
+    ) -> tuple[Tensor, dict[str, Stat]]:
+        """-> (o [B, T, H, K], what is kept)."""
+        cfg, rows, at, stats = self.cfg, places.rows, places.chunks, {}
         assert at is not None
         q, k, memory_q = self._in_window(q, k, ctx)
         window_k = rotate(k, *ctx.shared[self._rope_key]) if memory_q is not None else k
@@ -333,7 +335,18 @@ class BMojo(Part):
             key = rank(score, ctx.positions, cfg.evict_gamma)
             index = prefix_topm(rows.pack(key), cfg.window, cfg.m_e, cu_seqlens=rows.cu_seqlens)
             given |= {"index": index, "since": self._since(at.row[:, None] - index)}
-        return rows.unpack(memory_attention(q, window_k, v, **given), len(ctx.tokens))
+            stats = self._kept_stats(index, at)
+        return rows.unpack(memory_attention(q, window_k, v, **given), len(ctx.tokens)), stats
+
+    @torch.no_grad()
+    def _kept_stats(self, index: Tensor, at: Chunks) -> dict[str, Stat]:
+        """Over all rows kept before any chunk: ``kept_age`` as a share of the past before the chunk, and ``kept_new``, the share
+        that came in with the last chunk. A set that freezes has old rows and no new ones."""
+        there, age = index >= 0, at.row[:, None] - index
+        count = there.sum().clamp(min=1)
+        share = (age / at.before.clamp(min=1)[:, None]).where(there, 0).sum() / count
+        new = (there & (age <= self.cfg.window)).sum() / count
+        return {"kept_age": Stat(share), "kept_new": Stat(new)}
 
     def _since(self, age: Tensor) -> Tensor | None:
         """age at the start of the chunk -> the offset in the chunk at which a token has left the window."""
