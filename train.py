@@ -295,6 +295,8 @@ def say(w: World, text: str) -> None:
 
 def check_judge(cfg: RunConfig) -> None:
     """Raise UserError now for what `judge` could not do when the run ends."""
+    for changes in cfg.eval.recall:
+        recall.changed(cfg, changes.split())
     if not cfg.eval.tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -311,7 +313,8 @@ def check_judge(cfg: RunConfig) -> None:
 def judge(cfg: RunConfig, folder: Path) -> None:
     """The last sample, and what the run's `eval` section asks for, on the finished run; of a synthetic task its accuracy."""
     if cfg.data.synthetic is not None:
-        print(recall.table(recall.evaluate(folder, device=cfg.train.device)))
+        for changes in ("", *cfg.eval.recall):
+            print(recall.table(recall.evaluate(folder, changes.split(), device=cfg.train.device)))
         return
     if (folder / "samples.txt").is_file():
         print("sample at step", (folder / "samples.txt").read_text(encoding="utf-8").rpartition("=== step ")[2])

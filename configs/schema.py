@@ -79,6 +79,9 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # lm-eval tasks, or "corpus": tasks made from the run's own validation text
     limit: int | None = None
     baselines: bool = False  # byte n-gram count models and xz on the same text
+    recall: tuple[
+        str, ...
+    ] = ()  # other settings of a synthetic task, each as "data.KEY=VALUE ...", that the run is judged on too
     frequency: int = 0  # validation loss by how often the last so-many tokens were seen in training; 0: not
 
 
@@ -96,6 +99,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.data.synthetic is None:
+            if self.eval.recall:
+                raise UserError("eval.recall: settings of data.synthetic, which this run does not have")
             return
         if self.eval.tasks or self.eval.baselines or self.eval.frequency:
             raise UserError(

@@ -22,6 +22,7 @@ from eval.tables import markdown
 from models import LM, Batch, UserError, zoo
 from models.errors import guard
 from models.folder import load_model, run_config
+from models.parsing import from_dict, set_key, to_dict
 from training.parallel import World, all_reduce
 
 BATCH_TOKENS = 1 << 15  # in one forward, when a finished run is judged
@@ -103,12 +104,9 @@ def evaluate(
     run = Path(run)
     run_config(run)
     trained = schema.load(run / "config.yaml")
-    for change in changes:
-        if not change.startswith("data."):
-            raise UserError(f"'{change}': only settings of the data section can differ, e.g. data.synthetic.lead=16")
-    cfg = schema.load(run / "config.yaml", changes)
-    if trained.data.synthetic is None or cfg.data.synthetic is None:
+    if trained.data.synthetic is None:
         raise UserError(f"{run}: not trained on a synthetic task")
+    cfg = changed(trained, changes)
     model, folder = load_model(run, pick_device(device), step=step)
     data = Synthetic(cfg.data)
     if data.vocab_size > model.cfg.vocab_size:
@@ -126,6 +124,19 @@ def evaluate(
     }
     _store(results, run / "eval" / f"{name}_{at}.json")
     return results
+
+
+def changed(cfg: schema.RunConfig, changes: Sequence[str]) -> schema.RunConfig:
+    """A run's config with other settings of its task. Raises UserError for changes that cannot be."""
+    raw = to_dict(cfg)
+    for change in changes:
+        if not change.startswith("data."):
+            raise UserError(f"'{change}': only settings of the data section can differ, e.g. data.synthetic.lead=16")
+        set_key(raw, change)
+    found = from_dict(schema.RunConfig, raw)
+    if found.data.synthetic is None:
+        raise UserError("a run on a synthetic task is judged on one")
+    return found
 
 
 def _store(results: dict[str, Any], target: Path) -> None:

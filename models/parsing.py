@@ -150,11 +150,12 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not isinstance(raw, dict):
         raise UserError(f"'{path}': expected a mapping at the top, got {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        set_key(raw, override)
     return raw
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def set_key(raw: dict[str, Any], override: str) -> None:
+    """One ``key.path=value`` of `load_yaml`, in place."""
     dotted, equals, text = override.partition("=")
     keys = [k.strip() for k in dotted.split(".")]
     if not equals or not all(keys):

@@ -268,6 +268,7 @@ def test_every_task_keeps_the_promises(kind: str):
         ("data.val_fraction=0.5", "data.val_fraction is not read with data.synthetic"),
         ("eval.tasks=[corpus]", "eval.frequency judge text"),
         ("eval.baselines=true", "eval.frequency judge text"),
+        ("eval.frequency=2", "eval.frequency judge text"),
         ("train.val_tokens=0", "the rows of data.synthetic have no end"),
     ],
 )
@@ -439,6 +440,21 @@ def test_judged_later_on_other_settings(finished: tuple[Path, str], capsys: pyte
     ):
         assert recall.main([str(run), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_config_asks_for_other_settings(finished: tuple[Path, str]):
+    """Judged when the run ends, as `eval.recall` would judge it later; what cannot be is refused before it starts."""
+    run, _ = finished
+    path = run.parents[1] / "small.yaml"
+    result = train(path, "name=asked", "eval.recall=[data.synthetic.lead=4 data.seq_len=40]")
+    assert result.code == 0, result.err
+    stored = json.loads((result.run / "eval" / "mqar_synthetic.lead-4_seq_len-40_12.json").read_text())
+    later = recall.evaluate(run, ["data.synthetic.lead=4", "data.seq_len=40"])
+    assert stored["results"] == later["results"]
+    assert stored["accuracy"] == later["accuracy"]
+    refused = train(path, "name=refused", "eval.recall=[data.synthetic.lead=4]")
+    one_error(refused, "data.seq_len=32 is too short for 8 pairs after 4 places of lead")
+    assert not (run.parent / "refused").exists()
 
 
 def test_there_is_no_text(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]):
