@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -255,6 +256,18 @@ def test_rows_are_looked_up_once_a_forward(monkeypatch: pytest.MonkeyPatch):
     model.recompute = True
     model.total(model(random_batch(2, 12)).losses).backward()
     assert asked == [(2, 12, 4)]
+
+
+def test_a_copy_has_a_table_of_its_own():
+    model, batch = build(dtype=torch.float32), random_batch(2, 12)
+    twin, before = copy.deepcopy(model), model(batch).losses
+    assert same_bytes(twin(batch).losses, before)
+    engram(twin).table.state_dict()["values"].zero_()
+    assert same_bytes(model(batch).losses, before)
+    assert not same_bytes(twin(batch).losses, before)
+    twin(batch).losses["lm"].backward()
+    assert engram(model).table.take_grad() is None
+    assert engram(twin).table.take_grad() is not None
 
 
 def test_the_whole_forward_is_one_graph():

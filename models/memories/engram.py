@@ -153,7 +153,10 @@ class Engram(Part):
 
     def shared(self) -> dict[str, Callable[[Ctx, State | None], Any]]:
         """The rows are asked for before the first block, and outside of what activation checkpointing repeats."""
-        return {self._shared_name: lambda ctx, _: self.table.prefetch(ctx.rows[str(self.key)])}
+        return {self._shared_name: self._ask}
+
+    def _ask(self, ctx: Ctx, _: State | None) -> Tensor:
+        return self.table.prefetch(ctx.rows[str(self.key)])
 
     def tables(self) -> dict[str, Any]:
         return {"table": self.table}
