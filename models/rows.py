@@ -78,6 +78,10 @@ class RowStore:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         raise NotImplementedError
 
+    def load_values(self, values: Tensor) -> None:
+        """The rows [R, W] of another table; the moments start anew."""
+        raise NotImplementedError
+
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow the module that owns the store to another device or dtype (its ``_apply``)."""
         raise NotImplementedError

@@ -480,3 +480,18 @@ def test_resume_on_other_numbers_of_ranks(split: tuple[Path, Path]):
         if ranks == 2:
             ours, theirs = tensors(stopped.run, 8), tensors(run, 8)
             assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+def _given_values(rank: int) -> dict[str, Tensor]:
+    table = build_store(StoreConfig(kind="sharded"), 7, WIDTH)
+    table.reset(torch.Generator().manual_seed(0))
+    table.state_dict()["v"].fill_(1.0)
+    table.load_values(torch.arange(7.0 * WIDTH).view(7, WIDTH))
+    return table.state_dict()
+
+
+def test_every_rank_takes_its_rows_of_given_values(tmp_path: Path):
+    found = on_ranks(2, tmp_path, _given_values)
+    assert [len(arrays["values"]) for arrays in found] == [4, 3]
+    assert torch.equal(torch.cat([arrays["values"] for arrays in found]), torch.arange(7.0 * WIDTH).view(7, WIDTH))
+    assert not any(arrays[moment].any() for arrays in found for moment in ("v", "steps"))

@@ -488,6 +488,20 @@ def test_states_that_do_not_fit():
         table.load_state_dict(_store(rows=5).state_dict())
 
 
+@pytest.mark.parametrize("kind", ["resident", "host-all"])
+def test_values_of_another_rule(kind: str):
+    """What another run learned, without its moments."""
+    source, table = _store(rule="lazy_adam"), _store(kind)
+    for t in (source, table):
+        _advance(t, range(2))
+    table.load_values(source.state_dict()["values"])
+    found = table.state_dict()
+    assert torch.equal(found["values"], source.state_dict()["values"])
+    assert torch.equal(table.read(_addresses(0)), found["values"][_addresses(0)])
+    assert not found["v"].any()
+    assert not found["steps"].any()
+
+
 def test_config_errors_name_the_nearest():
     for raw, words in {
         ("kind", "residnet"): "unknown store kind 'residnet'; did you mean 'resident'",

@@ -49,6 +49,10 @@ class ToyTable(RowStore):
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.NAMES}
 
+    def load_values(self, values: Tensor) -> None:
+        self.values.copy_(values)
+        self.zero_moments(torch.arange(self.rows))
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in self.NAMES:
             getattr(self, name).copy_(state[name])

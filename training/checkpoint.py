@@ -133,8 +133,7 @@ def init_from(model: LM, source: str) -> str:
         for name, tensor in given.items():
             own[name].copy_(tensor)
     for name, table in tables.items():
-        stores[name].load_state_dict(table.state_dict())
-        stores[name].zero_moments(torch.arange(table.rows))
+        stores[name].load_values(table.state_dict()["values"])
     fresh = sorted({*own, *stores} - {*given, *tables})
     names = f" ({', '.join(fresh[:3])}{', ...' if len(fresh) > 3 else ''})" if fresh else ""
     return f"{len(given) + len(tables)} tensors from {source}; {len(fresh)} keep their fresh initialisation{names}"

@@ -136,6 +136,14 @@ class Table(RowStore):
             if name != VALUES:
                 array[rows.to(array.device)] = 0
 
+    @torch.no_grad()
+    def load_values(self, values: Tensor) -> None:
+        for name, array in self.arrays().items():
+            if name == VALUES:
+                array.copy_(values)
+            else:
+                array.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         return self.arrays()
 

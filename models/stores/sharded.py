@@ -140,6 +140,9 @@ class Sharded(Table):
                 raise UserError(f"'{name}' has {len(array)} rows, the table {self.rows}")
         self.part.load_state_dict({name: array[self.own] for name, array in state.items()})
 
+    def load_values(self, values: Tensor) -> None:
+        self.part.load_values(values[self.own])
+
     def blocks_to_save(self) -> dict[str, Blocks]:
         """On rank 0 those of all ranks; the others send theirs when they run through them, and see nothing."""
         arrays = self.arrays().items()
