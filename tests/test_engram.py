@@ -179,6 +179,22 @@ def test_an_invalid_token_leaves_the_stream_as_it_is(branches: int):
 
 @torch.no_grad()
 @pytest.mark.parametrize("branches", [1, 4])
+def test_packed_and_padded_are_separate_in_fp32(branches: int):
+    """The contracts say so in fp64; the steep root costs no more than this in fp32."""
+    model, T = build(branches, torch.float32), 30
+    tokens = random_batch(2, T).tokens
+    packed, _, _ = model.features(Batch(tokens, cu_seqlens=segments([[13, 17], [30]], T, pad_to=6)))
+    valid = torch.arange(T) >= torch.tensor([[13], [0]])
+    padded, _, _ = model.features(Batch(torch.where(valid, tokens, 0), valid=valid))
+    for row, start, end in ((0, 0, 13), (0, 13, 30), (1, 0, 30)):
+        alone, _, _ = model.features(Batch(tokens[row : row + 1, start:end]))
+        assert_close(packed[row : row + 1, start:end], alone, "same", torch.float32)
+        if end == T:
+            assert_close(padded[row : row + 1, start:], alone, "same", torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branches", [1, 4])
 def test_beams_and_rollback(branches: int):
     """Rows of a state that are reordered go on as their sequences; a state kept from before takes back what came after."""
     model, tokens = build(branches), random_batch(3, 15).tokens
