@@ -1,0 +1,51 @@
+"""Does a memory of surprising tokens find what hybrids of state-space model and window cannot?
+
+B'MOJO (arXiv:2407.06324) against its parts on associative recall, at equal bytes of state: attention in a window alone, the fading
+memory alone, both as alternating layers, B'MOJO-F (window and fading outputs in one softmax), B'MOJO, and B'MOJO that keeps tokens
+by lot. What has no eidetic tokens has a wider window, or a larger state, instead. Queries come anywhere behind the pairs (clustered
+ones hide the effect); those at a distance that no window reaches are also counted alone. Pairs come first in a row, so a memory that
+keeps the earliest tokens would do: every run is also judged, without further training, with filler before the pairs (lead 16 and
+32): what depends on content stays, what depends on position falls. With random filler, which no surprise tells from a pair:
+data.synthetic.filler=random --out runs/bmojo_mqar_random.
+"""
+
+from configs.question import Question, Variant
+
+BMOJO = "{kind: bmojo, ssm: {kind: mamba2, head_dim: 16, d_state: 4}, heads: 2, window: 8, m_f: 1, m_e: %d, score: %s}"
+ATTENTION = "{kind: attention, heads: 2, rope_theta: null, window: 8}"
+MAMBA = "{kind: mamba2, head_dim: 16, d_state: 4}"
+
+
+def mixer(settings: str, vary: str) -> Variant:
+    """The base with another mixer that holds as many bytes."""
+    return Variant([f"model.blocks.base.mixer={settings}"], to="bmojo", on="state", vary=vary)
+
+
+question = Question(
+    base="configs/bmojo-mqar.yaml",
+    variants={
+        "bmojo": Variant(),
+        "bmojo_random": Variant(["model.blocks.base.mixer.score=random"]),
+        "bmojo_f": mixer(BMOJO % (0, "innov"), "mixer.window"),
+        "window": mixer(ATTENTION, "mixer.window"),
+        "fading": mixer(MAMBA, "mixer.d_state"),
+        "stacked": Variant(
+            [
+                f"model.blocks.fading={{mixer: {MAMBA}, channel: {{kind: swiglu, hidden: 64}}}}",
+                f"model.blocks.base.mixer={ATTENTION}",
+                "model.pattern=[fading, base]",
+            ],
+            to="bmojo",
+            on="state",
+            vary="mixer.window",
+        ),
+    },
+    baseline="bmojo",
+    metrics=[
+        "val/accuracy",
+        "val/by/distance/64-127/accuracy",
+        "eval/mqar_synthetic.lead-16_seq_len-144/acc",
+        "eval/mqar_synthetic.lead-32_seq_len-160/acc",
+    ],
+    seeds=3,
+)
