@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.mixers.bmojo import BMojo, BMojoConfig
+from models.mixers.bmojo import BMojo
+from models.mixers.bmojo_config import BMojoConfig
 from models.mixers.linear import LinearMixer
 from tests.linear_naive import by_the_paper, turned
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models import LM, Batch
 from models.lm import LMState
-from models.mixers.bmojo import BMojo, BMojoState
+from models.mixers.bmojo import BMojo
+from models.mixers.bmojo_state import BMojoState
 from models.types import Aux, Ctx
 from tests.bmojo_naive import Keys, NaiveBMojo
 from tests.tools import Case

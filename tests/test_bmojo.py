@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.prefix_topm import reference as selection
 from models import Batch, UserError, model_config
 from models import state as states
-from models.mixers.bmojo import BMojoConfig
+from models.mixers.bmojo_config import BMojoConfig
 from models.mixers.bmojo_scores import control
 from models.types import Ctx
 from tests.bmojo_naive import Keys, insert, keys_of
