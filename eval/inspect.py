@@ -12,28 +12,34 @@ from typing import Any, Protocol, cast
 
 from tqdm import tqdm
 
+from eval.inspection.beside import TRAIN_TOKENS, Beside
 from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, loss, text_of
 from eval.report import read_metrics
 from eval.run import LoadedRun, open_run
 from eval.tables import markdown
 from models import LM, UserError
-from models.errors import guard
+from models.errors import guard, nearest
 
-INSTRUMENTS = {"gmt": "eval.inspection.gmt"}  # kind of part -> module
+INSTRUMENTS = {"gmt": "eval.inspection.gmt", "engram": "eval.inspection.engram"}  # kind of part -> module
 EXAMPLE = """examples:
   python -m eval.inspect runs/gmt --out inspection
   python -m eval.inspect runs/gmt --text story.txt --out inspection --ablate uniform_edges+zero_block:2 --ablate freeze_slot:7@0
+  python -m eval.inspect runs/engram --baseline runs/dense --out inspection --ablate one_order:2+mean_gate@1
 """
 
 
 class Instrument(Protocol):
-    """What a module in INSTRUMENTS has. ``found`` is plain JSON: what `measure` gave, with what `look` added."""
+    """What a module in INSTRUMENTS has. ``found`` is plain JSON: what `measure` and `more` gave, with what `look` added."""
 
     ABLATIONS: Mapping[str, str]  # what --ablate can be given, and what it does
 
     def measure(self, model: LM, text: Text) -> dict[str, Any]:
         """Of the parts of its kind, on the text; ``loss``: the mean over its tokens. The model is not changed."""
+        ...
+
+    def more(self, run: LoadedRun, text: Text, beside: Beside) -> dict[str, Any]:
+        """What takes more than the text: the data that the run was trained on, another run. Raises UserError."""
         ...
 
     def changes(self, earlier: LM, model: LM, text: Text) -> dict[str, Any]:
@@ -74,29 +80,37 @@ def instrument(kind: str) -> Instrument:
     return cast(Instrument, importlib.import_module(INSTRUMENTS[kind]))
 
 
-def kind_of(model: LM) -> str:
-    """The first kind of part in the model that has an instrument. Raises UserError if there is none."""
+def kind_of(model: LM, wanted: str | None = None) -> str:
+    """The first kind of part in the model that has an instrument, or the wanted one. Raises UserError if there is none."""
     kinds = list(dict.fromkeys(part.cfg.kind for _, _, part in model.parts()))
-    for kind in kinds:
-        if kind in INSTRUMENTS:
-            return kind
+    known = [kind for kind in kinds if kind in INSTRUMENTS]
+    if known and wanted and wanted not in known:
+        raise UserError(f"--part {wanted}: the model has no such part with an instrument{nearest(wanted, known)}")
+    if known:
+        return wanted or known[0]
     raise UserError(
         f"nothing to inspect in a model of {', '.join(kinds)}: it takes a part of kind {' or '.join(INSTRUMENTS)}"
     )
 
 
 def look(
-    run: LoadedRun, text: Text, ablations: Sequence[str] | None = None, earlier: LoadedRun | None = None
+    run: LoadedRun,
+    text: Text,
+    ablations: Sequence[str] | None = None,
+    earlier: LoadedRun | None = None,
+    beside: Beside | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Everything that there is to say, as plain JSON. ``ablations``: None for the standard ones; ``earlier``: an older checkpoint,
-    to compare with. Raises UserError."""
-    model, kind = run.model, kind_of(run.model)
+    to compare with; ``part``: the kind that is looked at. Raises UserError."""
+    model, kind = run.model, kind_of(run.model, part)
     tool = instrument(kind)
     wanted = tool.standard(model) if ablations is None else ablations
     for spec in wanted:
         tool.check(model, spec)
     found = {"run": run.name, "step": run.step, "checkpoint": run.checkpoint, "kind": kind, "text": text.source}
     found |= tool.measure(model, text)
+    found |= tool.more(run, text, beside or Beside())
     bar = tqdm(wanted, "ablations", unit="pass", leave=False, disable=None)
     found["ablations"] = [{"name": spec, "loss": _loss_without(tool, model, spec, text)} for spec in bar]
     found["since"] = {"step": earlier.step, **tool.changes(earlier.model, model, text)} if earlier else None
@@ -154,7 +168,23 @@ def parser() -> argparse.ArgumentParser:
         "--ablate",
         action="append",
         metavar="WHAT",
-        help="also the loss without this (repeatable; a+b: without both); default: the graph, and each cell; 'none': nothing",
+        help="also the loss without this (repeatable; a+b: without both); default: those that say most; 'none': nothing",
+    )
+    p.add_argument(
+        "--part",
+        metavar="KIND",
+        help=f"what is looked at, of {', '.join(INSTRUMENTS)}; default: the first in the model",
+    )
+    p.add_argument(
+        "--baseline",
+        metavar="RUN",
+        help="another run with the same tokenizer, to compare with (engram)",
+    )
+    p.add_argument(
+        "--train-tokens",
+        type=int,
+        default=TRAIN_TOKENS,
+        help="of the training data that are counted (engram); 0: none (default: %(default)s)",
     )
     p.add_argument("--since", type=int, metavar="STEP", help="also what has changed since this older checkpoint")
     p.add_argument("--device", default="auto")
@@ -162,6 +192,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=int, help="an older checkpoint")
     p.add_argument("--allow-foreign", action="store_true", help="let a config run code from outside this repository")
     return p
+
+
+def check_beside(run: LoadedRun, beside: Beside) -> None:
+    """Raise UserError for what does not fit."""
+    if beside.train_tokens < 0:
+        raise UserError(f"--train-tokens must not be negative, got {beside.train_tokens}")
+    other = beside.baseline
+    if other is not None and other.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError(
+            f"--baseline: {other.name} has another tokenizer than {run.name}, so their tokens are not the same"
+        )
 
 
 def _ablations() -> str:
@@ -175,13 +216,15 @@ def _ablations() -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
-    def opened(step: int | None) -> LoadedRun:
-        return open_run(args.run, args.device, args.dtype, step, args.allow_foreign)
+    def opened(path: str, step: int | None = None) -> LoadedRun:
+        return open_run(path, args.device, args.dtype, step, args.allow_foreign)
 
-    run, earlier = opened(args.step), None if args.since is None else opened(args.since)
-    kind_of(run.model)  # before a text is read for nothing
+    run, earlier = opened(args.run, args.step), None if args.since is None else opened(args.run, args.since)
+    kind_of(run.model, args.part)  # before a text is read for nothing
+    beside = Beside(args.train_tokens, None if args.baseline is None else opened(args.baseline))
+    check_beside(run, beside)
     wanted = [] if args.ablate == ["none"] else args.ablate
-    found = look(run, text_of(run, args.text, args.tokens), wanted, earlier)
+    found = look(run, text_of(run, args.text, args.tokens), wanted, earlier, beside, args.part)
     files = write(found, Path(args.out))
     print(summary(found))
     print(f"\n{Path(args.out)}/: {', '.join(p.name for p in files)}")

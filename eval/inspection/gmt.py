@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.inspection import gmt_hooks
+from eval.inspection.beside import Beside
 from eval.inspection.curves import curves
 from eval.inspection.gmt_hooks import Hopper, ablate, cells, changed, check, standard
 from eval.inspection.gmt_pictures import draw
 from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, read
+from eval.run import LoadedRun
 from eval.tables import markdown
 from kernels.gmt_cell import Hop
-from models import LM
+from models import LM, UserError
 from models.channels.gmt import GMT, NORM_EPS, Tables
 from models.channels.gmt_losses import cosines, effective, entropy, off_diagonal_mean, wide
 
@@ -38,6 +40,7 @@ __all__ = [
     "history",
     "lists",
     "measure",
+    "more",
     "observe",
     "standard",
     "summary",
@@ -129,6 +132,13 @@ def measure(model: LM, text: Text) -> dict[str, Any]:
     with torch.no_grad():
         layers = [_layer(n, cell, model.progress, seen[n], shown, places) for n, cell in cells(model).items()]
     return {"loss": plain(loss, 12), "tokens": shown, "layers": layers}
+
+
+def more(run: LoadedRun, text: Text, beside: Beside) -> dict[str, Any]:
+    """Nothing: a cell is known by the text alone. Raises UserError where there is something to compare with."""
+    if beside.baseline is not None:
+        raise UserError("--baseline: nothing of a gmt part is compared with another run")
+    return {}
 
 
 def _layer(
