@@ -90,11 +90,14 @@ def question_table(name: str) -> str:
 
 
 def render(text: str) -> str:
-    """The README with its tables replaced."""
-    for begin, end, tables in (
-        (BEGIN, END, f"{quickstart_table()}\n\n{ratio_table()}"),
-        (*(f"<!-- gmt_vs_dense: {word} -->" for word in ("begin", "end")), question_table("gmt_vs_dense")),
-    ):
+    """The README with its tables replaced: of the results, and of every question that has a place in it."""
+    questions = [name for name in re.findall(r"<!-- (\w+): begin -->", text) if (RESULTS / f"{name}.json").is_file()]
+    places = [
+        (f"<!-- {name}: begin -->", f"<!-- {name}: end -->", question_table(name))
+        for name in questions
+        if name != "results"
+    ]
+    for begin, end, tables in ((BEGIN, END, f"{quickstart_table()}\n\n{ratio_table()}"), *places):
         whole = f"{begin}\n{tables}\n{end}"
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, whole=whole: whole, text, flags=re.DOTALL)
     return text
