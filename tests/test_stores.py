@@ -15,7 +15,7 @@ from models.config import model_config
 from models.errors import UserError
 from models.lm import LM, build
 from models.parsing import from_dict
-from models.stores import StoreConfig, Table, build_store
+from models.stores import StoreConfig, Table, build_store, host
 from models.stores import base as stores_base
 from models.stores.cache import RowCache
 from models.stores.host import Host
@@ -70,9 +70,13 @@ def _advance(table: Table, steps: range, device: str = "cpu") -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rule", BY_ROW)
-@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("kind", [*HOSTS, "far", "far-lfu"])
 def test_host_is_resident_to_the_bit(kind: str, rule: str, monkeypatch: pytest.MonkeyPatch):
-    """Values, gradients, tables and moments over training, a load, writes from outside, and forgotten moments."""
+    """Values, gradients, tables and moments over training, a load, writes from outside, and forgotten moments. ``far``: no
+    kernel changes rows where they are, so they travel."""
+    if kind.startswith("far"):
+        kind = kind.replace("far", "host")
+        monkeypatch.setattr(host, "reaches", lambda *_: False)
     monkeypatch.setattr(stores_base, "BLOCK", 64)
     tables = [_store(k, rule) for k in ("resident", kind)]
     assert same_bytes(*(t.state_dict() for t in tables))
@@ -370,7 +374,7 @@ def test_cache_keeps_the_recent_or_the_frequent():
             assert set(held) == {r for r in cache.rows.tolist() if r < 60}
             changed = rows[:1]
             table[changed] += 1
-            cache.put(changed, table[changed])
+            cache.refresh(changed, table.__getitem__)
 
 
 def test_measured_traffic():
@@ -396,7 +400,9 @@ def test_measured_traffic():
     assert _store("host").stats()["hit_rate"] == 0
     cached.step(torch.tensor([3, 9]), torch.ones(2, WIDTH), *HYPER)
     found = cached.stats()
-    assert found["bytes_to_device"] == 4 * row + 2 * (4 + 4)  # one row, and v and steps of both
+    assert (
+        found["bytes_to_device"] == 3 * row + 2 * (row + 4 + 4) + row
+    )  # both with v and steps; the one that the cache holds
     assert found["bytes_to_host"] == 2 * (row + 4 + 4)
 
 

@@ -67,6 +67,11 @@ def row_update(
     reference.row_update(values, moments, rows, grad, rule, hyper)
 
 
+def reaches(values: Tensor, moments: Sequence[Tensor], grad: Tensor) -> bool:
+    """Whether `row_update` can change a table where it is: beside the gradient."""
+    return all(t.device == grad.device for t in (values, *moments))
+
+
 @torch.no_grad()
 def sinkhorn_update(
     values: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ EMPTY = 1 << 62  # above every row
 
 
 class RowCache:
-    """At most C rows [C, W]. Nothing here touches the table behind it: whoever changes that says so with `put`.
+    """At most C rows [C, W]. Nothing here touches the table behind it: whoever changes that says so with `refresh`.
 
     ``lru``: a new row takes the place of the one that was looked up longest ago; ``lfu``: of the one that was looked up least
     often since it came, and of those the longest ago.
@@ -28,11 +30,11 @@ class RowCache:
         at = torch.searchsorted(self._sorted, rows).clamp_(max=len(self.rows) - 1)
         return torch.where(self._sorted[at] == rows, self._slot[at], -1)
 
-    def put(self, rows: Tensor, values: Tensor) -> None:
-        """New values [U, W] of rows [U], of which those that are here change."""
+    def refresh(self, rows: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+        """The table changed in these rows [U]: those that are here are read anew. ``read``: rows -> values."""
         slots = self.find(rows)
         here = slots >= 0
-        self.values.index_copy_(0, slots[here], values[here])
+        self.values.index_copy_(0, slots[here], read(rows[here]))
 
     def look(self, slots: Tensor, rows: Tensor, values: Tensor) -> None:
         """One lookup: ``slots`` were found, ``rows`` [M] with ``values`` [M, W] were not and move in, as many as fit."""

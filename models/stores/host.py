@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.ngram_gather import gather_rows
-from kernels.row_update import Hyper, row_update
+from kernels.row_update import Hyper, reaches, row_update
 from models.stores.base import VALUES, StoreConfig, Table
 from models.stores.cache import RowCache
 from models.stores.resident import moved
@@ -96,7 +96,9 @@ class Host(Table):
         """Wait for all that was asked for. An error in the background is raised here, or by the next `wait`."""
         if self._last is not None:
             last, self._last = self._last, None
-            _join(last)
+            after = last.result()
+            if after is not None:
+                after.synchronize()  # the host will look at what a kernel wrote into its memory
 
     def _submit(self, job: Callable[..., None], *args: Any) -> Future[Any]:
         if self._last is not None and self._last.done():
@@ -118,19 +120,29 @@ class Host(Table):
             self._cache.look(slots[~missing], distinct[missing], values[missing])
 
     def _learn(self, rows: Tensor, grad: Tensor, rule: str, hyper: Hyper) -> None:
-        values, _ = self._held(rows)
-        there = rows.cpu()
-        old = [t for name, t in self._arrays.items() if name != VALUES]
-        moments = [self._to_device(t.index_select(0, there), rows.device) for t in old]
-        row_update(values, moments, None, grad, rule, hyper)
-        for array, new in zip((self._arrays[VALUES], *old), (values, *moments), strict=True):
-            array.index_copy_(0, there, self._to_host(new))
+        self._freshen(rows.device)
+        arrays = list(self._arrays.values())
+        if reaches(arrays[0], arrays[1:], grad):
+            row_update(arrays[0], arrays[1:], rows, grad, rule, hyper)
+        else:
+            self._learn_there(arrays, rows, grad, rule, hyper)
+        crossed = len(rows) * sum(t[:1].nbytes for t in arrays)
+        self._counts["bytes_to_device"] += crossed
+        self._counts["bytes_to_host"] += crossed
         if self._cache is not None:
-            self._cache.put(rows, values)
-            self._known = self._arrays[VALUES]._version
+            self._cache.refresh(rows, self._from_table)
+            self._known = arrays[0]._version
+
+    def _learn_there(self, arrays: list[Tensor], rows: Tensor, grad: Tensor, rule: str, hyper: Hyper) -> None:
+        """The touched rows go to the gradient, learn, and come back."""
+        here = rows.cpu()
+        held = [t.index_select(0, here).to(grad.device) for t in arrays]
+        row_update(held[0], held[1:], None, grad, rule, hyper)
+        for array, new in zip(arrays, held, strict=True):
+            array.index_copy_(0, here, new.cpu())
 
     def _held(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Distinct rows [U] -> (their values [U, W] in memory of their own; their slots in the cache, if there is one)."""
+        """Distinct rows [U] -> (their values [U, W]; their slots in the cache, if there is one)."""
         self._freshen(rows.device)
         if self._cache is None:
             return self._from_table(rows), None
@@ -155,14 +167,6 @@ class Host(Table):
         values = gather_rows(self._arrays[VALUES], rows)
         self._counts["bytes_to_device"] += values.nbytes
         return values
-
-    def _to_device(self, t: Tensor, device: torch.device) -> Tensor:
-        self._counts["bytes_to_device"] += t.nbytes
-        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-
-    def _to_host(self, t: Tensor) -> Tensor:
-        self._counts["bytes_to_host"] += t.nbytes
-        return t.cpu()
 
 
 # One thread for all tables of a process: in order, and beside the caller never more than one core. It starts with the first job.
