@@ -23,6 +23,7 @@ from kernels.memory_attention import memory_attention
 from kernels.prefix_topm import prefix_topm
 from kernels.rope import rotate
 from models.mixers.attention import rope_table
+from models.mixers.bmojo_archive import Recall
 from models.mixers.bmojo_decode import Decode
 from models.mixers.bmojo_keys import Places
 from models.mixers.bmojo_scores import CONTROLS, control, innovation, predict, rank, write_error, write_error_flops
@@ -179,6 +180,9 @@ class BMojo(Decode):
             torch.zeros(shape, **like),
             torch.zeros(batch, cfg.window + cfg.m_e, device=device) if some else (),
             torch.full((batch, cfg.m_e), -1, device=device) if some else (),
+            ()
+            if cfg.archive is None
+            else Recall.empty(cfg.archive, batch, self.kv_heads, self.head_dim, device, dtype),
         )
 
     def reset_parameters(self, generator: torch.Generator, depth: int) -> None:
@@ -225,6 +229,9 @@ class BMojo(Decode):
             state += cfg.score_k * self.site.d_model * dtype.itemsize
         if cfg.m_e:
             state += 4 * cfg.window + 12 * cfg.m_e
+        if cfg.archive is not None:  # what it found; what it holds lies in host memory
+            slots = self.kv_heads * cfg.archive.rows
+            state += kv * (slots * dtype.itemsize + max(dtype.itemsize, 4) // 2) + 8 * slots
         return inner + Cost(own, own, flops, state)
 
     def _keys(self, seq_len: int) -> float:

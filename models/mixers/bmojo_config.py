@@ -9,6 +9,7 @@ from kernels.memory_attention import FADING
 from models import zoo
 from models.errors import UserError
 from models.mixers.attention import AttentionConfig
+from models.mixers.bmojo_archive import parse as parse_archive
 from models.mixers.bmojo_scores import INNOVATIONS, SCORES
 from models.mixers.linear import DeltaConfig
 from models.parsing import choice
@@ -49,6 +50,9 @@ class BMojoConfig:
     tie_fading: bool = True  # fading keys and values by the same weights as those of tokens
     qk_norm: bool = False  # RMSNorm over each head of q and k
     ssm_lr: float = 1.0  # learning rate of the nested mixer, as a multiple
+    # What decoding does with tokens that are not kept: nothing, or an archive (`models.mixers.bmojo_archive`), by its config or by
+    # the number of rows that each key-value head asks for.
+    archive: Any = None
 
     def __post_init__(self) -> None:
         raw = {"kind": self.ssm} if isinstance(self.ssm, str) else self.ssm
@@ -56,6 +60,7 @@ class BMojoConfig:
         if isinstance(ssm, AttentionConfig) and ssm.window is None:
             raise UserError("ssm: attention without a window is no linear-time mixer")
         object.__setattr__(self, "ssm", ssm)
+        object.__setattr__(self, "archive", parse_archive(self.archive))
         for name in ("heads", "kv_heads", "head_dim", "score_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,6 +93,8 @@ class BMojoConfig:
             raise UserError(f"evict_gamma must lie in (0, 1], got {self.evict_gamma:g}")
         if not self.ssm_lr > 0:
             raise UserError(f"ssm_lr must be positive, got {self.ssm_lr:g}")
+        if self.archive is not None and self.m_e == 0:
+            raise UserError("archive: it holds what leaves the eidetic memory, and m_e=0 means that there is none")
 
     @property
     def stride(self) -> int:

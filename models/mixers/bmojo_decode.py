@@ -12,6 +12,7 @@ from kernels.memory_attention import memory_attention
 from kernels.prefix_topm import prefix_topm
 from kernels.rope import rotate
 from models.mixers.attention import rope_table
+from models.mixers.bmojo_archive import Rows as Stored
 from models.mixers.bmojo_keys import Keys, Places
 from models.mixers.bmojo_scores import rank
 from models.mixers.bmojo_state import BMojoState, Line, put, take
@@ -51,7 +52,8 @@ class Decode(Keys):
             window_k = self._rotated(k, line.position)
         kept = [ring[1] for ring in rings]
         if score is not None:
-            chosen, kept, state = self._piece_kept(k, v, kept, score, state, line)
+            memory_q = q_line if memory_q is None else given["memory_q"]
+            chosen, kept, state = self._piece_kept(memory_q, k, v, kept, score, state, line)
             given |= chosen
         fading = [ring[2] for ring in rings]
         if cfg.m_f:
@@ -65,10 +67,10 @@ class Decode(Keys):
         return take(o, cell), state
 
     def _piece_kept(
-        self, k: Tensor, v: Tensor, kept: list[Tensor], score: Tensor, state: BMojoState, line: Line
+        self, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], score: Tensor, state: BMojoState, line: Line
     ) -> tuple[dict[str, Any], list[Tensor], BMojoState]:
-        """k, v [B, n W, Hkv, K] of the line, ``kept`` [B, Hkv, m_e, K] -> (what the op needs of eidetic rows, those kept from now
-        on, and the state with their scores and positions)."""
+        """q [B, n W, H, K], k, v [B, n W, Hkv, K] of the line, ``kept`` [B, Hkv, m_e, K] -> (what the op needs of eidetic rows,
+        those kept from now on, and the state with their scores and positions)."""
         cfg, W, (B, cells) = self.cfg, self.cfg.window, line.position.shape
         scores = line.lay(state.score[:, :W], score)
         candidate = (line.position >= line.start // W * W) & (line.position < line.end)
@@ -81,6 +83,9 @@ class Decode(Keys):
             for x, old in zip((k, v), kept, strict=True)
         )
         since = self._since(line.position[:, ::W].reshape(-1, 1) - positions[index.clamp(min=0)])
+        given = {"index": index, "since": since, "pool": pool}
+        if self.cfg.archive is not None:
+            given, state = self._piece_recalled(q, given, Stored(pool[0], pool[1], positions, all_scores), state, line)
         now = take(index.view(B, cells // W, -1), (line.end - line.base) // W)[:, 0]  # of the next token's chunk
         there = now >= 0
         rows = [torch.where(there[..., None, None], x[now.clamp(min=0)], 0).transpose(1, 2) for x in pool]
@@ -89,7 +94,23 @@ class Decode(Keys):
             score=torch.cat((line.roll(state.score[:, :W], score), torch.where(there, all_scores[now], 0)), 1),
         )
         rows = [row.to(old.dtype) for row, old in zip(rows, kept, strict=True)]
-        return {"index": index, "since": since, "pool": pool}, rows, state
+        return given, rows, state
+
+    def _piece_recalled(
+        self, q: Tensor, given: dict[str, Any], pool: Stored, state: BMojoState, line: Line
+    ) -> tuple[dict[str, Any], BMojoState]:
+        """What the op needs of eidetic rows -> the same with those that the archive found."""
+        index, since, (B, cells), W = given["index"], given["since"], line.position.shape, self.cfg.window
+        archive, found = state.archive.turned_often(
+            line.start, line.end, W, line.base, q, index.view(B, cells // W, -1), pool
+        )
+        position = found.position.flatten(0, 1)  # [B n, S]
+        places = pool.count + torch.arange(position.numel(), device=q.device).view_as(position)
+        index = torch.cat((index, torch.where(position < 0, -1, places)), 1)
+        own = self._since(line.position[:, ::W].reshape(-1, 1) - position)
+        since = None if own is None else torch.cat((since, own), 1)
+        tables = tuple(torch.cat((x, y.flatten(0, 2))) for x, y in ((pool.k, found.k), (pool.v, found.v)))
+        return {"index": index, "since": since, "pool": tables}, state._replace(archive=archive)
 
     def _kept_key(self, state: BMojoState) -> Tensor:
         """fp32 [B, m_e], -inf for none."""
@@ -161,9 +182,22 @@ class Decode(Keys):
             state = state._replace(score=put(state.score, t % W, score, write, 1, donate))
         o = self._read(q, memory_q, state, t, write)
         turn = write & ((t + 1) % W == 0)
-        if (score is not None or self.cfg.fading_mode == "chunk") and (not _host_may_look(ctx) or bool(turn.any())):
+        looks = _host_may_look(ctx)
+        if self.cfg.archive is not None:
+            looks = True
+            state = state._replace(archive=state.archive.heard(q if memory_q is None else memory_q, write))
+        if (score is not None or self.cfg.fading_mode == "chunk") and (not looks or bool(turn.any())):
+            known = None if self.cfg.archive is None else self._could_be_kept(state, t)
             state = self._turned(state, t, turn, donate)
+            if known is not None:
+                state = state._replace(archive=state.archive.turned(turn, known, state.position))
         return o, state
+
+    def _could_be_kept(self, state: BMojoState, t: Tensor) -> Stored:
+        """Rows of the window and those kept so far [B, W + m_e, ...], in memory of their own."""
+        k, v = (x[:, :, : self.cfg.window + self.cfg.m_e].transpose(1, 2).clone() for x in (state.k, state.v))
+        positions = torch.cat((_ring_positions(t, self.cfg.window), state.position), 1)
+        return Stored(k, v, positions, state.score.clone())
 
     def _fading_slot(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t [B, 1] -> (the row of the buffers for its output, whether it has one)."""
@@ -180,6 +214,9 @@ class Decode(Keys):
         """q [B, 1, H, K] over the buffers -> [B, 1, H, K]."""
         W = self.cfg.window
         k, v = state.k.to(q.dtype), state.v.to(q.dtype)
+        if self.cfg.archive is not None:
+            found = (state.archive.k, state.archive.v)
+            k, v = (torch.cat((x, y.transpose(1, 2).to(x.dtype)), 2) for x, y in zip((k, v), found, strict=True))
         queries = [x.unflatten(2, (self.kv_heads, -1))[:, 0] for x in (q, q if memory_q is None else memory_q)]
         if memory_q is None:
             scores = queries[0] @ k.mT
@@ -192,11 +229,15 @@ class Decode(Keys):
         return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, None]
 
     def _seen(self, state: BMojoState, t: Tensor) -> Tensor:
-        """Which rows of the buffers the token at t [B, 1] sees: bool [B, S]."""
+        """Which rows of the buffers, then of those that the archive found, the token at t [B, 1] sees: bool [B, S]."""
         cfg, W = self.cfg, self.cfg.window
+
+        def of_memory(position: Tensor) -> Tensor:
+            return (position >= 0) & ((t - position >= W) | (not cfg.dedup))
+
         seen = [_ring_positions(t, W) >= 0]
         if cfg.m_e:
-            seen.append((state.position >= 0) & ((t - state.position >= W) | (not cfg.dedup)))
+            seen.append(of_memory(state.position))
         if cfg.m_f and cfg.fading_mode == "chunk":
             force = torch.arange(2 * cfg.m_f, device=t.device) < cfg.m_f
             seen.append(force & (t >= W))
@@ -204,6 +245,8 @@ class Decode(Keys):
             position = _ring_positions(t, cfg.fading_rows)
             old = {"point": W, "band": W, "self": 0}[cfg.fading_mode]
             seen.append((position >= 0) & (t - position >= old))
+        if cfg.archive is not None:
+            seen.append(of_memory(state.archive.position))
         return torch.cat(seen, 1)
 
     def _turned(self, state: BMojoState, t: Tensor, turn: Tensor, donate: bool) -> BMojoState:

@@ -26,6 +26,7 @@ class BMojoState(NamedTuple):
     v: State
     score: State  # fp32 [B, W + m_e], of the window's ring and of the eidetic rows (0 for none)
     position: State  # int64 [B, m_e], of the eidetic rows, -1 for none
+    archive: State = ()  # `models.mixers.bmojo_archive.Recall`, what was found in storage for this chunk
 
 
 class Line(NamedTuple):
