@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "train": BASE | {"eval"},  # the commands at the top call the judges; no room does
     "ablate": BASE | {"eval"},
 }
-OPTIONAL = {"triton", "lm_eval", "datasets", "wandb", "transformers", "matplotlib"}
+OPTIONAL = {"triton", "lm_eval", "datasets", "wandb", "transformers", "matplotlib", "faiss"}
 
 
 def is_quarantined(module: str) -> bool:
