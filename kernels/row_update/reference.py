@@ -27,14 +27,20 @@ def sum_rows(rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     if not len(rows):
         return rows, grad
-    ordered, order = torch.sort(rows, stable=True)
-    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
-    ends = counts.cumsum(0)
+    unique, order, starts = sorted_segments(rows)
     if len(rows) == len(unique):
         return unique, grad.index_select(0, order)
+    return unique, F.embedding_bag(order, grad.contiguous(), starts[:-1], mode="sum")
+
+
+def sorted_segments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [n] -> (the distinct rows, sorted [U]; the places of equal rows in ``rows``, side by side and in order [n]; where
+    those of each distinct row begin, and n [U+1])."""
+    ordered, order = torch.sort(rows, stable=True)
+    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
     index = torch.int32 if len(rows) < 2**31 else torch.int64  # half the index is half the time
-    starts = (ends - counts).to(index)
-    return unique, F.embedding_bag(order.to(index), grad.contiguous(), starts, mode="sum")
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    return unique, order.to(index), starts.to(index)
 
 
 def row_update(
@@ -52,6 +58,11 @@ def row_update(
         step(held, g.to(values.dtype), hyper)
         for array, new in zip(arrays, held, strict=True):
             array.index_copy_(0, some, new)
+
+
+def sum_update(values: Tensor, moments: Sequence[Tensor], rows: Tensor, grad: Tensor, rule: str, hyper: Hyper) -> None:
+    """See `kernels.row_update.sum_update`."""
+    row_update(values, moments, *sum_rows(rows, grad), rule, hyper)
 
 
 def _lazy_adam(arrays: Sequence[Tensor], grad: Tensor, hyper: Hyper) -> None:
@@ -76,12 +87,12 @@ def _rowwise(arrays: Sequence[Tensor], grad: Tensor, hyper: Hyper) -> None:
 
 def _debias(steps: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     """1 - beta^s of int steps, looked up: a power would have other bits in other places of a loop."""
-    known = _corrections(beta, dtype, steps.device)
+    known = corrections(beta, dtype, steps.device)
     return known.index_select(0, steps.clamp(max=len(known) - 1))
 
 
 @functools.lru_cache(maxsize=16)
-def _corrections(beta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def corrections(beta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """1 - beta^s for s = 0, 1, ... until it is 1 in ``dtype``."""
     last = 1 if beta == 0 else math.ceil(math.log(torch.finfo(dtype).eps / 4) / math.log(beta))
     return (1 - beta ** torch.arange(last + 1, dtype=torch.float64)).to(device, dtype)

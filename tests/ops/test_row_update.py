@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.row_update import RULES, Hyper, row_update, sinkhorn_update, sum_rows
+from kernels.row_update import RULES, Hyper, row_update, sinkhorn_update, sum_rows, sum_update
 from tests.tools import assert_close, same_bytes
 
 HYPER = Hyper(lr=0.03, beta1=0.9, beta2=0.95, eps=1e-8)
@@ -112,6 +112,19 @@ def test_rules_row_by_row(rule: str, dtype: torch.dtype):
     assert moments[-1].tolist() == naive.steps
     assert same_bytes(values[~touched], before[~touched])
     assert all(not m[~touched].any() for m in moments)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sums_and_update_at_once(rule: str):
+    values, moments = torch.randn(97, 5), _moments(rule, 97, 5)
+    other, others = values.clone(), [m.clone() for m in moments]
+    for step in range(3):
+        rows, grad = _problem(200 + step)
+        sum_update(values, moments, rows, grad, rule, HYPER)
+        row_update(other, others, *sum_rows(rows, grad), rule, HYPER)
+    assert same_bytes([values, *moments], [other, *others])
+    with pytest.raises(ValueError, match="does not fit its rows"):
+        sum_update(values, moments, rows[1:], grad, rule, HYPER)
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.95, 0.999])
