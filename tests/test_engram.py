@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from models.memories.engram_addressing import EngramAddressing
 from models.memories.engram_compression import Compression
 from models.parsing import to_dict
 from tests.engram_naive import NaiveEngram
-from tests.runs import assert_same_run, metrics, one_error, tensors, train, write_config
+from tests.runs import ROOT, assert_same_run, metrics, one_error, tensors, train, write_config
 from tests.tools import assert_close, gradients, random_batch, rel_err, same_bytes, segments, spread, state_hash
 from training import checkpoint
 from training.parallel import World
@@ -109,6 +112,60 @@ def test_equals_the_book(branches: int, conv: int, gate: str):
     for name, a, b in zip(["x", *names], got, wanted, strict=True):
         assert_close(a, b, "gradient", what=name)
     assert_close(torch.zeros_like(table).index_copy(0, rows, found), of_table, "gradient", what="table")
+
+
+@pytest.mark.parametrize("branches", [1, 4])
+def test_ids_without_a_token_get_nothing(branches: int):
+    """A vocabulary longer than its tokenizer: the stream stays as it is there, taps pass over, and pieces continue so too."""
+    model = models.build(config(branches), dtype=torch.float64)
+    spread(model)
+    addressing(model).use_map(Compression(np.arange(20, dtype=np.int32) // 2, 10))
+    part, tokens = engram(model), random_batch(2, 15).tokens % 20
+    dead = torch.zeros_like(tokens, dtype=torch.bool)
+    dead[0, [0, 6, 7]] = dead[1, 14] = True
+    tokens[dead] = 21
+    x = stream(model, 2, 15)
+    ctx, _, _ = model.prepare(Batch(tokens), None)
+    y, _, aux = part(x, ctx)
+    alpha = part.fuse(x.view(2, 15, branches, 16), part.look_up(ctx), ctx, None)[1]
+    assert not y[dead].any()
+    assert not alpha[dead].any()
+    assert (y[~dead] != 0).any(-1).all()
+    assert_close(aux.stats["gate"].value, alpha[~dead].mean(), "same")
+
+    without, _, _ = model.prepare(Batch(tokens[:1, 8:]), None)  # lookbacks stop at the dead, and start anew behind them
+    assert torch.equal(ctx.rows["1"][:1, 8:], without.rows["1"])
+    model_state, pieces = model.init_state(2, 15), []
+    for start, end in ((0, 1), (1, 7), (7, 8), (8, 15)):
+        piece, _, lookback = model.prepare(Batch(tokens[:, start:end]), model_state)
+        layer = model_state.layers[1]["memory"]
+        added, layer, _ = part(x[:, start:end], piece, layer)
+        layers = (model_state.layers[0], {**model_state.layers[1], "memory": layer})
+        model_state = model_state._replace(layers=layers, lookback=lookback)
+        pieces.append(added)
+    assert_close(torch.cat(pieces, 1), y, "forms")
+
+
+def test_addresses_are_those_of_another_process():
+    """Python's own hash is salted in each process; ours is not."""
+    code = (
+        "import hashlib, torch; from tests.test_engram import build, random_batch; from models import Batch\n"
+        "rows = build().prepare(Batch(random_batch(2, 40).tokens), None)[0].rows['1']\n"
+        "print(hashlib.sha256(rows.numpy().tobytes()).hexdigest())"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": salt},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for salt in ("1", "2")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0].strip()) == 64
 
 
 def test_rows_that_repeat_add_up():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kernels.memory_gate import GATES, GateState, empty_state, memory_gate
 from models import state as states
 from models.errors import UserError
-from models.memories.engram_addressing import EngramAddressing, table_primes
+from models.memories.engram_addressing import ALIVE, EngramAddressing, table_primes
 from models.parsing import choice
 from models.stores import build_store
 from models.stores.base import StoreConfig, Table
@@ -113,7 +113,7 @@ class Engram(Part):
         """x [B, T, D], or [B, T, M, D] with a gate per branch."""
         streams = x if self.branches > 1 else x.view(*x.shape[:2], 1, x.shape[-1])
         y, alpha, new = self.fuse(streams, self.look_up(ctx), ctx, state)
-        return y.view_as(x), new, Aux({}, {"gate": Stat(_mean(alpha.detach(), ctx.valid))}, {})
+        return y.view_as(x), new, Aux({}, {"gate": Stat(_mean(alpha.detach(), _alive(ctx)))}, {})
 
     def look_up(self, ctx: Ctx) -> Tensor:
         """-> the rows of every token, orders ascending, then heads: [B, T, (N-1) K, row_width]."""
@@ -133,7 +133,7 @@ class Engram(Part):
             dilation=self.cfg.dilation or self.cfg.orders[-1],
             eps=self.cfg.eps,
             gate=self.cfg.gate,
-            valid=ctx.valid,
+            valid=_alive(ctx),
             segments=ctx.shared.get("segments"),
             state=state if isinstance(state, GateState) else None,
         )
@@ -206,6 +206,14 @@ class Engram(Part):
         flops = 2 * cfg.width * (M + 1) * D + 2 * M * D + 2 * cfg.conv * M * D  # projections, agreement, taps
         held = states.nbytes(self.init_state(1, "meta", dtype, seq_len))
         return Cost(n + self.table.rows * cfg.row_width, n + cfg.width, flops, held)
+
+
+def _alive(ctx: Ctx) -> Tensor | None:
+    """The tokens that get something: valid ones whose ids are tokens; None: all."""
+    alive = ctx.rows.get(ALIVE)
+    if alive is None or ctx.valid is None:
+        return ctx.valid if alive is None else alive
+    return alive & ctx.valid
 
 
 def _mean(alpha: Tensor, valid: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from models.memories.engram_compression import Compression, compress, identity
 from models.rows import Addressing
 from models.types import Ctx, State
 
+ALIVE = "engram.alive"
 OTHER_ROWS = "with it every row would mean something else"
 
 
@@ -101,6 +102,7 @@ class EngramAddressing(Addressing):
         """``pad``: the canonical id of the pad token. Plain integers, which a compiled graph can hold."""
         self.compression = compression
         self.classes, self.pad = compression.classes, int(compression.canonical[self.pad_token])
+        self.gaps = bool((compression.canonical == DEAD).any())
 
     def reset_parameters(self) -> None:
         primes = torch.tensor(table_primes(len(self.keys), self.bases, self.heads))
@@ -186,7 +188,9 @@ class EngramAddressing(Addressing):
         return torch.full((batch, self.max_order - 1), DEAD, dtype=torch.int64, device=device)
 
     def forward(self, ctx: Ctx, lookback: State | None) -> tuple[dict[str, Tensor], State | None]:
-        """Invalid tokens are passed over: they get the rows of PAD alone. An id outside the vocabulary is refused on the
+        """-> rows [B, T, (N-1) K] by layer key; under `ALIVE`, where the map has gaps, which tokens are some, bool [B, T].
+
+        Invalid tokens are passed over: they get the rows of PAD alone. An id outside the vocabulary is refused on the
         host, and DEAD on a device, as is one without a token: it and all before it are out of reach."""
         ids = self._canonical_ids(ctx)
         history = self.init_state(len(ids), ids.device) if lookback is None else lookback
@@ -202,6 +206,8 @@ class EngramAddressing(Addressing):
             valid=ctx.valid,
         )
         by_layer = {str(key): rows[i] for i, key in enumerate(self.keys)}
+        if self.gaps:
+            by_layer[ALIVE] = ids != DEAD
         return by_layer, None if lookback is None else newest
 
     def _canonical_ids(self, ctx: Ctx) -> Tensor:
