@@ -20,6 +20,7 @@ from bench import (
     evaluation,
     floors,
     gpu_layers,
+    gpu_memories,
     gpu_scans,
     kernels,
     readme,
@@ -68,7 +69,7 @@ def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     text = kernels.table(rows)
     if args.device == "cuda" or args.tiny:
         limits = floors.peaks(args.device, args.tiny)
-        for bench in (gpu_scans, gpu_layers, cells):
+        for bench in (gpu_scans, gpu_layers, gpu_memories, cells):
             more, table = bench.run(limits, args.device, args.pairs, args.tiny)
             rows, text = rows + more, f"{text}\n\n{table}"
         text += f"\n\nmeasured peaks: {limits.flops / 1e12:.3g} TFLOP/s in bf16, {limits.bandwidth / 1e12:.3g} TB/s"

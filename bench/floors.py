@@ -57,6 +57,24 @@ def cell_floor(d: int, slots: int) -> tuple[Floor, Floor]:
     return Floor(flops, 4 * d), Floor(3 * flops, 8 * d)
 
 
+def gather_floor(row_bytes: int) -> Floor:
+    """Of one row of a table: its address, the row read and written."""
+    return Floor(0, 8 + 2 * row_bytes)
+
+
+def update_floor(width: int, rule: str) -> Floor:
+    """Of one touched fp32 row (`kernels.row_update`): its address and gradient read; values, moments and count read and written."""
+    held = 3 * 4 * width + 4 if rule == "lazy_adam" else 4 * width + 8
+    return Floor(0, 8 + 4 * width + 2 * held)
+
+
+def engram_floor(d: int, branches: int, memory: int) -> tuple[Floor, Floor]:
+    """Of one token in a looked-up memory of width ``memory`` beside M branches of width D, in bf16 with fp32 rows and addresses
+    known (arXiv:2601.07372): keys and values by matrix product, the stream read and written; backward, its gradient too."""
+    forward = 2 * memory * (branches + 1) * d
+    return Floor(forward, 4 * branches * d + 4 * memory), Floor(2 * forward, 6 * branches * d + 8 * memory)
+
+
 def decode_floor(k: int, v: int, itemsize: int = 4) -> Floor:
     """One token: the state is read and written."""
     return Floor(8 * k * v, 2 * itemsize * k * v)

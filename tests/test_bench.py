@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cells, context, floors, gpu_layers, gpu_scans, kernels, scans, tables
+from bench import cells, context, floors, gpu_layers, gpu_memories, gpu_scans, kernels, scans, tables
 from bench.floors import Floor, Peaks
 from bench.scans import SCANS, Shape
 
@@ -119,6 +119,30 @@ def test_cells_beside_their_rivals():
     assert (backward.flops, backward.bytes) == (3 * 622_592, 6144)
 
 
+def test_looked_up_memory():
+    rows, text = gpu_memories.run(LIMITS, "cpu", pairs=1, tiny=True)
+    *tables, layer = rows
+    assert [r["rows"] for r in tables] == ["gather", "gather", "update, lazy_adam", "update, rowwise"]
+    assert all(r["of_limit"] > 0 for r in tables)
+    forward, backward = floors.engram_floor(24, 2, 128)
+    assert layer["over_products"] == pytest.approx(
+        layer["ns_per_token"] * 1e-9 * LIMITS.flops / (forward.flops + backward.flops)
+    )
+    assert layer["over_floor"] <= layer["over_products"] * (1 + 1e-9)
+    assert "of the bandwidth of a copy" in text
+    assert "times its products at peak" in text
+
+
+def test_floors_of_looked_up_memory():
+    """The paper's width and branches: 32.8 MFLOP and 41 KB of stream a token, forward (27 billion parameters)."""
+    forward, backward = floors.engram_floor(2560, 4, 1280)
+    assert (forward.flops, forward.bytes) == (32_768_000, 40_960 + 5_120)
+    assert (backward.flops, backward.bytes) == (65_536_000, 61_440 + 10_240)
+    assert floors.gather_floor(128).bytes == 264
+    assert floors.update_floor(80, "rowwise").bytes == 8 + 320 + 2 * (320 + 8)
+    assert floors.update_floor(80, "lazy_adam").bytes == 8 + 320 + 2 * (960 + 4)
+
+
 @pytest.mark.parametrize("name", context.MIXERS)
 def test_context(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(context, "STEPS", 2)
@@ -166,10 +190,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "ns per token and head",
         "times a plain pass",
         "of copy bandwidth",
+        "of the bandwidth of a copy",
         "measured peaks",
     ):
         assert word in text
     assert re.search(r"fla-core (is not here|\d)", text)
-    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 2 + 6 + 1 + 4 + 2
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 2 + 6 + 1 + 4 + 5 + 2
     assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
     assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
