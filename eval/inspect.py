@@ -189,6 +189,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--since", type=int, metavar="STEP", help="also what has changed since this older checkpoint")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
+    p.add_argument("--tables", metavar="KIND", help="where tables are kept: resident, host, or mmap (left in the file)")
     p.add_argument("--step", type=int, help="an older checkpoint")
     p.add_argument("--allow-foreign", action="store_true", help="let a config run code from outside this repository")
     return p
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def opened(path: str, step: int | None = None) -> LoadedRun:
-        return open_run(path, args.device, args.dtype, step, args.allow_foreign)
+        return open_run(path, args.device, args.dtype, step, args.allow_foreign, tables=args.tables)
 
     run, earlier = opened(args.run, args.step), None if args.since is None else opened(args.run, args.since)
     kind_of(run.model, args.part)  # before a text is read for nothing

@@ -685,6 +685,16 @@ def test_the_command(trained: Path, dense: Path, tmp_path: Path, capsys: pytest.
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("tables", ["host", "mmap"])
+def test_tables_may_be_anywhere(trained: Path, tables: str):
+    beside = Beside(1000)
+    here, there = (open_run(trained, "cpu", tables=kind) for kind in ("resident", tables))
+    text = text_of(here, None, 200)
+    found = [inspect.look(run, text, ["shuffled_rows"], beside=beside) for run in (here, there)]
+    for key in ("loss", "layers", "tables", "ablations"):
+        assert found[0][key] == found[1][key]
+
+
 def test_counted_is_what_it_was_trained_on(trained: Path):
     """All rows that training touched; but for those of nothing but PAD, which places without a token look up."""
     run, corpus = open_run(trained, "cpu"), open_run_corpus(trained)

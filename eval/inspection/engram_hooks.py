@@ -32,6 +32,7 @@ ABLATIONS = {
     "one_branch:M[@LAYER]": "it adds to residual branch M alone",
 }
 SEED = 0  # of the shuffle
+ALMOST = 1e-7  # how near a gate comes to shut and open where its score is made from it
 
 
 def engrams(model: LM) -> dict[int, Engram]:
@@ -161,7 +162,7 @@ def gated(part: Engram, x: Tensor, value: Tensor, alpha: Tensor, ctx: Ctx) -> tu
     """As `Engram.fuse` of whole sequences, with these gates [M] for every token: a plain sigmoid, of streams and keys that agree
     alike everywhere."""
     ones, (M, D), eps = torch.ones_like(x), x.shape[2:], part.cfg.eps
-    gain = (alpha.logit() * (1 + eps) * D**-0.5)[:, None].expand(M, D)
+    gain = (alpha.logit(ALMOST) * (1 + eps) * D**-0.5)[:, None].expand(M, D)
     return memory_gate(
         ones,
         ones,
