@@ -29,6 +29,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = keyword.kwlist
+PRELOAD = ["train", "tests.toy_memory", "torch._dynamo"]  # building a model on meta imports the last, in seconds
 SWIGLU = {"kind": "swiglu", "hidden": 24}
 PLAIN = {
     "d_model": 16,
@@ -141,7 +142,7 @@ def train(*argv: str | Path, fault: Fault | None = None, ranks: int = 1, spy: tu
     ``spy``: a function, named like a fault's target, that every rank calls with its number and this folder at first.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "tests.toy_memory"])
+    context.set_forkserver_preload(PRELOAD)
     words = [str(a) for a in argv]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -20,7 +20,7 @@ from models import LM, UserError, build, model_config
 from models.folder import TABLES, load_model, load_weights, save_tables, save_weights, send_tables, table_blocks
 from models.stores import KINDS, StoreConfig, build_store
 from models.stores.sharded import Sharded, serving
-from tests.runs import IN_STEP, Fault, losses, metrics, tensors, train, write_config
+from tests.runs import IN_STEP, PRELOAD, Fault, losses, metrics, tensors, train, write_config
 from tests.tools import gradients, random_batch, rel_err, same_bytes, state_hash
 from training import checkpoint
 from training.optim import OptimConfig, Optimizer
@@ -41,7 +41,7 @@ def on_ranks(size: int, folder: Path, job: Callable[..., Any], *args: Any) -> li
     folder = folder / f"{job.__name__}-{size}-{len(list(folder.iterdir()))}"
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "tests.toy_memory"])
+    context.set_forkserver_preload(PRELOAD)
     started = [context.Process(target=_rank, args=(rank, size, folder, job, args)) for rank in range(size)]
     for process in started:
         process.start()
