@@ -13,7 +13,7 @@ from models import Batch, UserError, model_config
 from models import state as states
 from models.mixers.bmojo_config import BMojoConfig
 from models.mixers.bmojo_scores import control
-from models.types import Ctx
+from models.types import CommitInfo, Ctx, RowReset, Write
 from tests.bmojo_naive import Keys, insert, keys_of
 from tests.bmojo_tools import (
     DEDUP,
@@ -456,6 +456,22 @@ def test_the_nested_mixer_speaks_under_its_name():
     for name, meta in model.meta().items():
         assert meta.lr_mult == (5.0 if ".ssm." in name else 1.0), name
     assert model.meta()["layers.0.mixer.qkv.weight"].splits == (16, 16, 16)
+
+
+def test_what_the_nested_mixer_writes_comes_back_to_it(monkeypatch: pytest.MonkeyPatch):
+    """Under its own names, and the rows that it resets under the layer's."""
+    model = build()
+    info, heard = CommitInfo(1, 2, seed=0, micro_batches=1, world_size=1), {}
+
+    def commit(writes: Any, _: CommitInfo) -> list[RowReset]:
+        heard.update(writes)
+        return [RowReset("out.weight", torch.tensor([3]))]
+
+    monkeypatch.setattr(mixer(model).ssm, "commit", commit)
+    resets = model.commit({"layers.0.mixer.ssm.mass": Write(torch.ones(2))}, info)
+    assert list(heard) == ["mass"]
+    assert [(r.name, r.rows.tolist()) for r in resets] == [("layers.0.mixer.ssm.out.weight", [3])]
+    assert model.commit({}, info) == []
 
 
 def test_state_travels(tmp_path: Any):

@@ -130,9 +130,7 @@ class Decode(Keys):
         """A ring holds the rows in force, then those of the chunk that runs, each as new as it can be."""
         W, m, B = self.cfg.window, self.cfg.m_f, len(y)
         n = line.position.shape[1] // W
-        starts = (
-            line.base + torch.arange(n + 1, device=y.device) * W
-        )  # the chunk after the last token's may be complete in part
+        starts = line.base + torch.arange(n + 1, device=y.device) * W  # the next chunk's rows may be there in part
         back = 1 + torch.arange(m, device=y.device) * self.cfg.stride
         position = (starts[:, :, None] - back).flatten(1)  # [B, (n + 1) m]
         token, fresh = line.token(position)
