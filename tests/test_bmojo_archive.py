@@ -429,6 +429,18 @@ def test_gradients_reach_queries_and_not_the_archive():
     assert not any(t.requires_grad for t in memory_of(state).archive.store.tensors().values())
 
 
+def test_a_state_made_in_inference_mode():
+    """Is filled by a thread that is in none, and goes on outside of it."""
+    model, x = build(archive=2), stream(1, 30)
+    with torch.no_grad():
+        want, _ = pieces(model, x, [30])
+    with torch.inference_mode():
+        first, state = pieces(model, x[:, :13], [13])
+    with torch.no_grad():
+        second, _ = pieces(model, x[:, 13:], [1] * 5 + [12], state)
+    assert_close(torch.cat((first, second), 1), want, "forms")
+
+
 @torch.no_grad()
 def test_a_passed_state_is_not_written():
     model, x = build(archive=2), stream(1, 30)

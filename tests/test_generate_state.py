@@ -11,7 +11,7 @@ import torch
 from data import ByteTokenizer
 from eval.decoding import Decoder, generate, run_decoder
 from eval.generate import load_decoder, main, save_state
-from eval.run import open_run
+from eval.run import LoadedRun, open_run
 from models import UserError, state
 from tests.cases import ENGRAM
 from tests.test_eval_runs import HYBRID, LEARNED, LINEAR, tiny_model, tiny_run, write_run
@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mom": {"blocks": {"a": {"mixer": {"kind": "mom", "rule": {"kind": "gated_delta", "heads": 2}}}}},
     "bmojo": {"blocks": {"a": {"mixer": BMOJO, "channel": {"kind": "gelu"}}}},
     "bmojo-band": {"blocks": {"a": {"mixer": {**BMOJO, "fading_mode": "band", "pos": "rope_const"}}}},
+    "bmojo-archive": {"blocks": {"a": {"mixer": {**BMOJO, "m_e": 1, "archive": {"rows": 2, "staleness": 1}}}}},
     "engram": {"blocks": {"a": {"memory": ENGRAM, "mixer": ATTENTION}}, "branches": 2},
     "gmt": {"blocks": {"a": {"mixer": ATTENTION, "channel": {"kind": "gmt", "slots": 5, "width": 4}}}},
 }
@@ -91,6 +92,26 @@ def test_a_state_of_another_precision_is_read_in_the_models(tmp_path: Path):
     assert 0 < rel_err(wide, exact) < 5 * TOLERANCE["fp32", torch.bfloat16]
     save_state(Decoder(run.model, [PROMPT], 0), tmp_path / "memory", run)
     assert load_decoder(half, tmp_path / "memory", [], 3).logits().dtype == torch.bfloat16
+
+
+def test_archives_of_other_settings(tmp_path: Path):
+    """The same weights may ask an archive for more or fewer rows, sooner or later; without one the state is another model's."""
+
+    def of(name: str, archive: Any) -> LoadedRun:
+        return tiny_run(tmp_path / name, {"blocks": {"a": {"mixer": {**BMOJO, "m_e": 1, "archive": archive}}}})
+
+    run = of("run", {"rows": 2, "staleness": 2})
+    save_state(Decoder(run.model, [PROMPT], 0), tmp_path / "memory", run)
+    for other in (of("more", {"rows": 9}), of("fewer", {"rows": 1, "staleness": 3, "max_rows": 7})):
+        assert other.checkpoint == run.checkpoint
+        said = run_decoder(load_decoder(other, tmp_path / "memory", [*b" and on"], 12), 12)[0]
+        assert len(said) == 12
+    with pytest.raises(UserError, match="not a state of this model"):
+        load_decoder(of("off", 0), tmp_path / "memory", [], 3)
+    off = of("off-too", None)
+    save_state(Decoder(off.model, [PROMPT], 0), tmp_path / "none", off)
+    with pytest.raises(UserError, match="not a state of this model"):
+        load_decoder(run, tmp_path / "none", [], 3)
 
 
 class OtherTokenizer(ByteTokenizer):

@@ -110,7 +110,8 @@ class Pages:
     """Rows that are added at the end and never changed: any number of shelves may look at those before their own end."""
 
     def __init__(self, rows: Rows, room: int) -> None:
-        self.rows = Rows(*(x.new_empty(room, *x.shape[1:]) for x in rows))
+        with torch.inference_mode(False):  # or the thread that writes them might not
+            self.rows = Rows(*(x.new_empty(room, *x.shape[1:]) for x in rows))
         self.used = 0
         self.add(rows)
 
@@ -306,7 +307,7 @@ class Archive:
             cells.add(shelf.rows().k, shelf.live)
             shelf = shelf._replace(cells=cells, fresh=fresh)
         puts = _history(self.cfg, shelf, self.like)
-        for n in range(1, len(puts)):
+        for n in range(1, max(len(puts), int(late.max()) + 1 if len(late) else 0)):
             shelf, new = puts[-1].shelf.result(), rows.at(late == n)
             puts = (*puts[1:], Put(new, _known(shelf.plus(new, self.cfg)) if new.count else puts[-1].shelf))
         return puts
