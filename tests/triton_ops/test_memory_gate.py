@@ -137,3 +137,12 @@ def test_repeats_to_the_bit(device: torch.device):
     above = [torch.randn_like(t) for t in run(args)]
     once, again = (gradients(run(args), above, args) for _ in range(2))
     assert same_bytes(once, again)
+
+
+def test_compiles_whole(device: torch.device):
+    args = cast(_placed(arguments(2, 9, 3, 16, where="padded documents"), device), torch.float32)
+    want = run(args)
+    above = [torch.randn_like(t) for t in want]
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(args)
+    assert same_bytes(out, want)
+    assert_close(gradients(out, above, args), gradients(want, above, args), "same", torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,6 +51,19 @@ def test_rows_of_another_layout(device: torch.device):
     """Every other column of a wider table, rows that do not adjoin."""
     table, rows = torch.randn(9, 10, device=device)[:, ::2], torch.randint(0, 9, (6, 4), device=device).T
     assert same_bytes(gather_rows(table, rows), table[rows])
+
+
+@pytest.mark.parametrize("given", [(), ("segments", "valid")], ids=str)
+def test_a_compiled_graph_is_whole_and_equal(given: tuple[str, ...], device: torch.device):
+    hashing, made = Hash(*(t.to(device) for t in make_hash(2, 3, 2))), tokens(2, 7, 2, device)
+    one = [h[0] for h in hashing]
+    table = torch.randn(int(hashing.primes.sum()), 4, dtype=torch.bfloat16, device=device)
+
+    def run(made: dict[str, torch.Tensor], table: torch.Tensor) -> Any:
+        return call(given, made, hashing), call(given, made, one, table), gather_rows(table, made["ids"].clamp(min=0))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert same_bytes(compiled(made, table), run(made, table))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: only there is a table elsewhere")
