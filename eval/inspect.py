@@ -209,7 +209,7 @@ def check_beside(run: LoadedRun, beside: Beside) -> None:
 def _ablations() -> str:
     lines = ["", "what --ablate takes away:"]
     for kind in INSTRUMENTS:
-        lines += [f"  {kind}: {form:<24}{what}" for form, what in instrument(kind).ABLATIONS.items()]
+        lines += [f"  {kind + ':':<8}{form:<26}{what}" for form, what in instrument(kind).ABLATIONS.items()]
     return "\n".join(lines)
 
 

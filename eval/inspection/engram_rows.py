@@ -126,7 +126,7 @@ def sharing(order: Heads) -> dict[str, Any]:
         "load": load,
         "occupied": [len(torch.unique(types % size)) / size for size in order.sizes],
         "ideal": [-math.expm1(-x) for x in load],
-        "shared": [*(~alone).double().mean(1).tolist()],
+        "shared": (~alone).double().mean(1).tolist(),
         "shared_in_all": (~alone).all(0).double().mean().item(),
         "collisions": {"token": _rates(found, None), "type": _rates(found, kind)},
     }
