@@ -96,6 +96,11 @@ class RowStore:
         """`load_state_dict` of the arrays ``name/...`` in a file. Raises UserError where they do not fit."""
         self.load_state_dict(MappedFile(path).under(name))
 
+    def average_grad(self) -> None:
+        """Of a table that is split over ranks (``meta.shard == "rows"``): from what this rank collected for any row to the mean
+        over ranks of the rows it owns. Every rank calls it."""
+        raise NotImplementedError
+
     def grad_to_measure(self) -> Tensor | None:
         """A tensor whose L2 norm is that of the whole table's gradient, over all ranks; None when nothing was fetched."""
         taken = self.take_grad()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.errors import UserError
 from models.rows import sum_rows
-from models.stores.sharded import Sharded
 from models.types import Stat, Write
 from training.optim import Optimizer
 
@@ -147,7 +146,7 @@ def sync_gradients(optim: Optimizer, w: World) -> None:
     if bucket:
         _mean(bucket, w)
     for table in optim.learning_tables().values():
-        if isinstance(table, Sharded):
+        if table.meta.shard == "rows":
             table.average_grad()
         else:
             _sync_rows(table, w)

@@ -86,4 +86,4 @@ class Mapped(Table):
             "kind=host keeps a table that learns in host memory"
         )
 
-    reset = load_state_dict = load_values = zero_moments = collect = step = update = _refuse
+    reset = load_state_dict = load_values = zero_moments = collect = step = _refuse

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.row_update import Hyper, sum_rows
+from kernels.row_update import sum_rows
 from models.errors import UserError
 from models.rows import RowStore
 from models.stores.base import VALUES, StoreConfig, Table
@@ -74,7 +74,6 @@ class Sharded(Table):
 
     @torch.no_grad()
     def average_grad(self) -> None:
-        """From what this rank collected for any row to the mean over ranks of the rows it owns. Every rank calls it."""
         if self.size == 1:
             return
         taken = self.take_grad()
@@ -108,9 +107,6 @@ class Sharded(Table):
 
     def step(self, rows: Tensor, grad: Tensor, lr: float, beta1: float, beta2: float, eps: float) -> None:
         self.part.step(rows - self.own.start, grad, lr, beta1, beta2, eps)
-
-    def update(self, rows: Tensor | slice, grad: Tensor, rule: str, hyper: Hyper) -> None:
-        self.part.update(rows, grad, rule, hyper)
 
     def zero_moments(self, rows: Tensor) -> None:
         mine = (rows >= self.own.start) & (rows < self.own.stop)
