@@ -68,6 +68,13 @@ def test_a_search_finds_the_best_of_every_head():
     assert same_bytes(few.search(0, query), puts[0])
 
 
+def test_of_equals_the_first_are_found():
+    rows = some(40)
+    rows = rows._replace(k=rows.k[:1].expand_as(rows.k))
+    archive = empty(rows=3).put(0, rows.at(slice(20, 40))).put(0, rows.at(slice(0, 20)))
+    assert archive.search(0, torch.ones(HEADS, WIDTH)).position.tolist() == [20, 21, 22]
+
+
 def test_rows_of_another_order_and_low_ones():
     """They are filed by position; those below ``min_score`` are not."""
     rows = some(20)

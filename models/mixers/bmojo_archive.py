@@ -228,9 +228,13 @@ def _staying(rows: Rows, cfg: ArchiveConfig) -> Tensor:
 def _nearest(k: Tensor, live: Tensor, query: Tensor, count: int) -> Tensor:
     """k [P, Hkv, K], query [Hkv, K] -> numbers in ``live`` of the ``count`` largest products of any head; of equals the first."""
     dtype = wide(k.dtype)
-    products = [torch.einsum("nhk,hk->hn", block.to(dtype), query.to(dtype)) for block in k.split(BLOCK)]
-    order = torch.cat(products, 1)[:, live].sort(dim=1, descending=True, stable=True).indices
-    return order[:, :count].unique()
+    products = [torch.linalg.vecdot(block.to(dtype), query.to(dtype)).mT for block in k.split(BLOCK)]
+    by_head = torch.cat(products, 1)[:, live]
+    count = min(count, len(live))
+    least = by_head.topk(count, dim=1).values[:, -1:]
+    better, equal = by_head > least, by_head == least
+    chosen = better | (equal & (equal.cumsum(1) <= count - better.sum(1, keepdim=True)))
+    return chosen.any(0).nonzero()[:, 0]
 
 
 # -- the host object of a state
