@@ -28,6 +28,8 @@ from kernels.library import Op, Tensors
 from kernels.memory_attention import reference
 
 FADING = ("chunk", "point", "band", "self")
+CHUNK, POINT, BAND, SELF = range(4)
+MAX_WIDTH, MAX_WIDTH_FP32 = 128, 64  # of the Triton form, whose programs hold whole rows in registers
 
 
 def memory_attention(
@@ -76,10 +78,26 @@ def memory_attention(
             raise ValueError(f"a pool must be [N, {kv_heads}, {width}]: {tuple(x.shape)}")
     if memory_q is not None and memory_q.shape != q.shape:
         raise ValueError(f"memory_q must be {tuple(q.shape)}: {tuple(memory_q.shape)}")
-    backend = dispatch.choose("memory_attention", q.device, None)
     options = (window, FADING.index(fading), width**-0.5 if scale is None else scale)
-    tensors = (q, k, v, *(pool or (None, None)), fading_k, fading_v, memory_q, index, since, cu_seqlens)
-    return _op(*tensors, options=options, backend=backend)[0]
+    floats = (q, k, v, *(pool or (None, None)), fading_k, fading_v, memory_q)
+    dtypes = {x.dtype for x in floats if x is not None}
+    backend = dispatch.choose("memory_attention", q.device, lambda: _why_not(dtypes, width))
+    return _op(*floats, index, since, cu_seqlens, options=options, backend=backend)[0]
+
+
+def _why_not(dtypes: set[torch.dtype], width: int) -> str | None:
+    if len(dtypes) > 1 or dtypes - {torch.float32, torch.float16, torch.bfloat16}:
+        return f"there is {', '.join(sorted(map(str, dtypes)))}"
+    most = MAX_WIDTH_FP32 if torch.float32 in dtypes else MAX_WIDTH
+    return None if width <= most else f"heads of {width}, wider than {most}"
+
+
+def _form(backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    from kernels.memory_attention import triton
+
+    return triton
 
 
 def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tensor]:
@@ -88,4 +106,11 @@ def _fake(tensors: Tensors, options: Sequence[float], backend: str) -> list[Tens
     return [torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=wide)]
 
 
-_op = Op("memory_attention", reference.forward, reference.backward, _fake, outputs=1, also=(0,))
+_op = Op(
+    "memory_attention",
+    lambda *args: _form(args[-1]).forward(*args),
+    lambda *args: _form(args[-1]).backward(*args),
+    _fake,
+    outputs=1,
+    also=(0,),
+)
