@@ -71,20 +71,20 @@ def ratio_table() -> str:
 
 
 def question_table(name: str) -> str:
-    """What `ablate.py` found by its first metric, a line per variant, and in words."""
+    """What `ablate.py` found by its first metric, a line per variant, and in words; of other metrics the means."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
-    first = found["results"][0]["metric"]
-    lines = [
-        f"| `ablate.py configs/ablations/{name}.py` | parameters | FLOPs per token | {first} | difference to {found['baseline']} |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    first, *others = dict.fromkeys(r["metric"] for r in found["results"])
+    head = [f"`ablate.py configs/ablations/{name}.py`", "parameters", "FLOPs per token", first]
+    head += [f"difference to {found['baseline']}", *others]
+    mean = {(r["variant"], r["metric"]): r["mean"] for r in found["results"]}
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for r in (r for r in found["results"] if r["metric"] == first):
         cost, c = found["costs"][r["variant"]], r["comparison"]
-        value = f"{r['mean']:.3f} ± {r['sd']:.3f} (n={r['n']})"
-        difference = f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" if c else ""
-        lines.append(
-            f"| {r['variant']} | {cost['params']:,} | {cost['flops_per_token']:,.0f} | {value} | {difference} |"
-        )
+        cells = [r["variant"], f"{cost['params']:,}", f"{cost['flops_per_token']:,.0f}"]
+        cells += [f"{r['mean']:.3f} ± {r['sd']:.3f} (n={r['n']})"]
+        cells += [f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" if c else ""]
+        cells += [f"{mean[r['variant'], metric]:.3f}" for metric in others]
+        lines.append(f"| {' | '.join(cells)} |")
     said = [r["sentence"] for r in found["results"] if r["metric"] == first and r["sentence"]]
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said)])
 
