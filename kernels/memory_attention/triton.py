@@ -218,9 +218,9 @@ def _sizes(call: _Call, large: bool, forward: bool) -> dict[str, Any]:
 def _key_sizes(call: _Call, count: int) -> dict[str, Any]:
     """Of programs that own some of ``count`` keys."""
     single, wide = call.q.dtype == torch.float32, call.shape["BK"] > 64
-    bm, bn = min(32, padded(call.shape["W"])), min(32 if single else 64, padded(count))
+    bm, bn = min(16 if wide else 32, padded(call.shape["W"])), min(32 if single else 64, padded(count))
     warps = 8 if bn > 16 and (single or wide) else 4
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": 2}
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": 1 if single and bn == 16 else 2}
 
 
 def _tiles(n: int, size: int) -> int:

@@ -80,6 +80,11 @@ def test_dtypes(dtype: torch.dtype, device: torch.device):
         _check(_arguments(device, 1, 40, 16, fading, m=6, width=24, two_queries=True, dtype=dtype), dtype)
 
 
+def test_wide_heads(device: torch.device):
+    """Of other tiles, and narrower than theirs."""
+    _check(_arguments(device, 1, 40, 32, "chunk", m=4, width=96, dtype=torch.bfloat16), torch.bfloat16)
+
+
 def test_heads(device: torch.device):
     """As many key heads as query heads, and fewer."""
     for heads in ((2, 2), (4, 2)):
