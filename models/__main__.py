@@ -47,12 +47,14 @@ def _summary(argv: list[str]) -> None:
 def _match(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models match",
-        description="Find the width, rank or number of heads with which a model is as large or as expensive as another; "
-        "or the dense and structured channels with which a model is as large and as expensive as it is; or how a mixture of "
-        "experts shares what its tokens do not touch with n-gram tables.",
-        epilog="examples: python -m models match configs/quickstart.yaml --to configs/cpu-8m.yaml --vary d_model "
-        "--multiple-of 8; python -m models match configs/quickstart.yaml --controls; "
-        "python -m models match configs/engram-moe-small.yaml --rho 0.6 0.8 1",
+        description="Find the width, rank or number of heads with which a model is as large or as expensive as another;\n"
+        "or the dense and structured channels with which a model is as large and as expensive as it is;\n"
+        "or how a mixture of experts shares what its tokens do not touch with n-gram tables.",
+        epilog="examples:\n"
+        "  python -m models match configs/quickstart.yaml --to configs/cpu-8m.yaml --vary d_model --multiple-of 8\n"
+        "  python -m models match configs/quickstart.yaml --controls\n"
+        "  python -m models match configs/engram-moe-small.yaml --rho 0.6 0.8 1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--to", metavar="OTHER", help="a run's YAML file, or a number")

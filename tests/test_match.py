@@ -371,8 +371,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_the_help_is_true(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main(["match", "--help"])
-    examples = " ".join(capsys.readouterr().out.split()).partition("examples: ")[2].split("; ")
-    assert len(examples) == 2
+    examples = [line.strip() for line in capsys.readouterr().out.partition("examples:")[2].splitlines() if line]
+    assert len(examples) == 3
     monkeypatch.chdir(ROOT)
     for example in examples:
         assert main(example.removeprefix("python -m models ").split()) == 0

@@ -74,7 +74,7 @@ def forward(tensors: Tensors, options: Sequence[float], backend: str) -> list[Te
     z.clamp_(min=options[0] * temperature).reciprocal_()
     top, nearest = z.max(1)
     source = z.softmax(1)
-    hop = log_hop = pulled = x.new_empty(0, f)
+    hop, log_hop, pulled = (x.new_empty(0, f) for _ in range(3))  # no two results of an op may be one tensor
     if edge_scale is None:
         target = torch.addmm(logits[:, f:], source, edges).softmax(1)
     else:

@@ -119,8 +119,9 @@ def test_narrow_inputs_route_as_exact_ones_do():
     assert_close([hop.y], [y], "op", torch.bfloat16)
 
 
-def test_compiles_whole():
-    args = cast(cell(9, 6, 4), torch.float32)
+@MODES
+def test_compiles_whole(log: bool, norm: bool):
+    args = cast(cell(9, 6, 4, log, norm), torch.float32)
     dy = [torch.randn_like(t) for t in run(args)[:3]]
     want = gradients(run(args), dy, args)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
