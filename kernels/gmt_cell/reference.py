@@ -122,12 +122,12 @@ def backward(
     if gram is not None:
         radial = torch.linalg.vecdot(d_moved, scaled).div_(x.shape[1])[:, None].mul_(rows)
         d_moved.addcmul_(pulled, radial, value=-1)
-        d_gram = (moved * radial).T @ scaled * -0.5
+        d_gram = (moved.mul_(radial).T @ scaled).mul_(-0.5)
     d_moved.mul_(rows)
 
     d_logits = x.new_empty(len(x), 2 * f)
     d_target_logits = d_logits[:, f:]
-    _softmax_gradient(d_moved if d_target is None else d_moved + d_target, target, d_target_logits)
+    _softmax_gradient(d_moved if d_target is None else torch.add(d_moved, d_target, out=moved), target, d_target_logits)
     d_hop, d_edge_scale = d_target_logits, None
     if edge_scale is not None:
         d_edge_scale = torch.linalg.vecdot(d_target_logits, log_hop).sum()
