@@ -133,6 +133,13 @@ def test_ids_without_a_token_get_nothing(branches: int):
     assert (y[~dead] != 0).any(-1).all()
     assert_close(aux.stats["gate"].value, alpha[~dead].mean(), "same")
 
+    valid = torch.ones_like(dead)
+    valid[0, 3] = valid[1, :2] = False  # and padding beside them
+    padded, _, _ = model.prepare(Batch(tokens, valid=valid), None)
+    among, _, _ = part(x, padded)
+    assert not among[dead | ~valid].any()
+    assert (among[~dead & valid] != 0).any(-1).all()
+
     without, _, _ = model.prepare(Batch(tokens[:1, 8:]), None)  # lookbacks stop at the dead, and start anew behind them
     assert torch.equal(ctx.rows["1"][:1, 8:], without.rows["1"])
     model_state, pieces = model.init_state(2, 15), []

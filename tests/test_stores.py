@@ -29,7 +29,7 @@ BY_ROW = ("rowwise", "lazy_adam", "adam")
 HOSTS = {
     "host": {},
     "host-lru": {"cache_rows": 40, "cache_policy": "lru"},
-    "host-lfu": {"cache_rows": 40},
+    "host-lfu": {"cache_rows": 40, "cache_policy": "lfu"},
     "host-one": {"cache_rows": 1},
     "host-all": {"cache_rows": 1000},
 }

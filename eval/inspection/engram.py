@@ -25,6 +25,7 @@ from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, read
 from eval.run import LoadedRun
 from eval.tables import markdown
+from kernels.memory_gate.reference import DEAD_ZONE
 from models import LM
 from models.memories.engram import Engram
 from models.stores.base import VALUES
@@ -45,7 +46,6 @@ __all__ = [
 ]
 
 ABLATIONS = engram_hooks.ABLATIONS
-DEAD_ZONE = 1e-6  # below this |s| a gate with the signed root has no slope
 LISTED = 12  # n-grams on either side that are told of
 
 
