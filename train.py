@@ -297,6 +297,10 @@ def check_judge(cfg: RunConfig) -> None:
     """Raise UserError now for what `judge` could not do when the run ends."""
     for changes in cfg.eval.recall:
         recall.changed(cfg, changes.split())
+    if cfg.eval.length:
+        from eval.length import check
+
+        check(cfg.model, cfg.eval.length)
     if not cfg.eval.tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -326,6 +330,11 @@ def judge(cfg: RunConfig, folder: Path) -> None:
         from eval import frequency
 
         print(frequency.table(frequency.run_frequency(folder, cfg.eval.frequency, cfg.train.device)))
+    if cfg.eval.length:
+        from eval import length
+        from eval.run import open_run
+
+        print(length.table(length.evaluate(open_run(folder, cfg.train.device), cfg.eval.length)))
     if cfg.eval.tasks:
         from eval.judge import evaluate, print_table
 

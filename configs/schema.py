@@ -83,6 +83,7 @@ class EvalConfig:
         str, ...
     ] = ()  # other settings of a synthetic task, each as "data.KEY=VALUE ...", that the run is judged on too
     frequency: int = 0  # validation loss by how often the last so-many tokens were seen in training; 0: not
+    length: tuple[int, ...] = ()  # context lengths at which long held-out documents are scored
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,9 @@ class RunConfig:
             if self.eval.recall:
                 raise UserError("eval.recall: settings of data.synthetic, which this run does not have")
             return
-        if self.eval.tasks or self.eval.baselines or self.eval.frequency:
-            raise UserError(
-                "eval.tasks, eval.baselines and eval.frequency judge text; a run on data.synthetic always reports its accuracy"
-            )
+        for name in ("tasks", "baselines", "frequency", "length"):
+            if getattr(self.eval, name):
+                raise UserError(f"eval.{name} judges text; a run on data.synthetic always reports its accuracy")
         if not self.train.val_tokens:
             raise UserError("train.val_tokens=0 means all, and the rows of data.synthetic have no end: give a number")
 

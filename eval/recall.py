@@ -111,7 +111,7 @@ def evaluate(
     data = Synthetic(cfg.data)
     if data.vocab_size > model.cfg.vocab_size:
         raise UserError(f"the task has {data.vocab_size} ids, the model only {model.cfg.vocab_size}")
-    count = rows or validation_rows(cfg)
+    count = rows or validation_rows(trained)
     found = measure(model, data, data.once(count, max(1, BATCH_TOKENS // data.seq_len)))
     name = re.sub(r"[^\w.+-]+", "-", "_".join((data.task.kind, *(c.removeprefix("data.") for c in changes))))
     at = int(folder.name.removeprefix("step_"))

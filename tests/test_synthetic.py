@@ -266,9 +266,10 @@ def test_every_task_keeps_the_promises(kind: str):
         ("data.tokenizer.kind=bpe", "data.tokenizer is not read with data.synthetic"),
         ("data.packing=stream", "data.packing is not read with data.synthetic"),
         ("data.val_fraction=0.5", "data.val_fraction is not read with data.synthetic"),
-        ("eval.tasks=[corpus]", "eval.frequency judge text"),
-        ("eval.baselines=true", "eval.frequency judge text"),
-        ("eval.frequency=2", "eval.frequency judge text"),
+        ("eval.tasks=[corpus]", "eval.tasks judges text"),
+        ("eval.baselines=true", "eval.baselines judges text"),
+        ("eval.frequency=2", "eval.frequency judges text"),
+        ("eval.length=[64]", "eval.length judges text"),
         ("train.val_tokens=0", "the rows of data.synthetic have no end"),
     ],
 )
