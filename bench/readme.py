@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,18 @@ def question_table(name: str) -> str:
         cells += [f"{mean[r['variant'], metric]:.3f}" for metric in others]
         lines.append(f"| {' | '.join(cells)} |")
     said = [r["sentence"] for r in found["results"] if r["metric"] == first and r["sentence"]]
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said)])
+    tables = [curve_table(curve, found["costs"]) for curve in found.get("curves", ())]
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said), *tables])
+
+
+def curve_table(curve: dict[str, Any], variants: Iterable[str]) -> str:
+    """The means of each variant at each setting."""
+    lines = [f"\n| {curve['path']} over {curve['label']} | {' | '.join(f'{x:,}' for x in curve['over'])} |"]
+    lines += [f"|{' --- |' * (1 + len(curve['over']))}"]
+    for variant in variants:
+        means = ["" if mean is None else f"{mean:.3f}" for mean in curve["means"][variant]]
+        lines.append(f"| {variant} | {' | '.join(means)} |")
+    return "\n".join(lines)
 
 
 def render(text: str) -> str:

@@ -54,7 +54,8 @@ class Metric:
     """One number of a finished run.
 
     ``path``: ``val/KEY/...``, a key path into the run's last validation (``val/loss``, ``val/by/pairs/16/accuracy``), or
-    ``eval/TASK/METRIC``, from the files in its ``eval`` folder. ``more_is_better`` and ``unit`` are known for the usual names.
+    ``eval/TASK/METRIC``, from the files in its ``eval`` folder; of a synthetic task also ``eval/TASK/by/SLICE/LABEL/accuracy``.
+    ``more_is_better`` and ``unit`` are known for the usual names.
     """
 
     path: str
@@ -72,6 +73,29 @@ class Metric:
             )
         object.__setattr__(self, "more_is_better", more if self.more_is_better is None else self.more_is_better)
         object.__setattr__(self, "unit", unit if self.unit is None else self.unit)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number of a finished run at several settings, drawn over them and not compared.
+
+    ``path``: that of a `Metric`, with {} where each of ``over`` is put in: ``eval/length/loss_{}`` over (256, 1024, 8192).
+    ``label`` is what these are.
+    """
+
+    path: str
+    over: Sequence[int | float]
+    label: str
+    more_is_better: bool | None = None
+    unit: str | None = None
+
+    def __post_init__(self) -> None:
+        if "{}" not in self.path or not self.over:
+            raise UserError(f"curve '{self.path}': expected a path with {{}} in it, and at least one setting")
+        self.metrics()
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(Metric(self.path.format(x), self.more_is_better, self.unit) for x in self.over)
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,7 @@ class Question:
     metrics: Sequence[str | Metric] = ("val/loss",)
     seeds: int | Sequence[int] = MIN_SEEDS
     alpha: float = 0.05
+    curves: Sequence[Curve] = ()
     name: str = "question"
     text: str = ""
 

@@ -111,11 +111,18 @@ def _result(run: Path, step: int, path: str) -> float:
             results = json.loads(file.read_text(encoding="utf-8"))
             if results["config"]["step"] == step:
                 found |= {f"{task}/{metric}": value for task, metric, value, _, _ in result_rows(results)}
+                found |= _slices(results)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not a result of lm-eval or a synthetic task
     if path not in found:
         raise UserError(f"no eval/{path} at step {step}{nearest(path, found)}")
     return found[path]
+
+
+def _slices(results: dict[str, Any]) -> dict[str, float]:
+    """Of a synthetic task: ``TASK/by/SLICE/LABEL/accuracy``."""
+    by = {f"{name}/{label}": one for name, labels in results.get("by", {}).items() for label, one in labels.items()}
+    return {f"{task}/by/{key}/accuracy": one["accuracy"] for task in results["results"] for key, one in by.items()}
 
 
 def read_status(folder: Path, name: str) -> dict[str, Any]:
@@ -212,11 +219,12 @@ class Answer:
 def answer(question: Question, folder: Path, seeds: Sequence[int]) -> Answer:
     """Read every run of ``folder`` and compare. Raises UserError where two runs of a variant differ in more than their seed."""
     metrics = question.all_metrics()
-    runs = [read_run(folder, variant, seed, metrics) for seed in seeds for variant in question.variants]
+    wanted = (*metrics, *(m for curve in question.curves for m in curve.metrics()))
+    runs = [read_run(folder, variant, seed, wanted) for seed in seeds for variant in question.variants]
     for variant in question.variants:
         _must_be_alike([r for r in runs if r.variant == variant])
-    wanted = {run_name(v, s) for v in question.variants for s in seeds}
-    others = [p.name for v in question.variants for p in sorted(folder.glob(f"{v}-s*")) if p.name not in wanted]
+    asked = {run_name(v, s) for v in question.variants for s in seeds}
+    others = [p.name for v in question.variants for p in sorted(folder.glob(f"{v}-s*")) if p.name not in asked]
     found = Answer(question, tuple(seeds), runs, [], [n for n in others if n.rpartition("-s")[2].isdigit()])
     found.lines.extend(_lines(found, metrics))
     return found

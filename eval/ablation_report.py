@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs import schema
-from configs.question import MAY_DIFFER, MIN_SEEDS, Metric
+from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Metric
 from eval.ablation import Answer, Costs, Line, run_name, verdict
 from eval.report import SMOOTH, read_metrics, smooth
 from eval.statistics import mean_and_sd
@@ -35,6 +35,8 @@ def render(found: Answer) -> str:
         lines = [line for line in found.lines if line.metric is metric]
         parts += [f"## {metric.path}, {_direction(metric)}", _quality(found, lines)]
         parts.append("\n".join(f"- {line.sentence}" for line in lines if line.sentence))
+    for curve in question.curves:
+        parts += [f"## {curve.path}, {_direction(curve.metrics()[0])}", _curve_table(found, curve)]
     parts += ["## What it costs", _cost_table(found)]
     parts += [f"Changes to the baseline:\n\n{_changes(found)}"]
     if trouble := _trouble(found):
@@ -85,6 +87,20 @@ def _quality(found: Answer, lines: Sequence[Line]) -> str:
             row += [None, None, None, "baseline" if line.variant == found.question.baseline else None]
         rows.append(row)
     return markdown(("variant", "n", "mean", "sd", "difference", "effect (d)", "p, corrected", "verdict"), rows)
+
+
+def _curve_table(found: Answer, curve: Curve) -> str:
+    """A row for every variant: means over its finished runs."""
+    means = [[mean for mean, _ in _along(found, curve, variant)] for variant in found.question.variants]
+    rows = [(variant, *row) for variant, row in zip(found.question.variants, means, strict=True)]
+    return markdown((curve.label, *(f"{x:,}" for x in curve.over)), rows)
+
+
+def _along(found: Answer, curve: Curve, variant: str) -> list[tuple[float | None, float | None]]:
+    """(mean, standard deviation) of a variant at each setting of the curve."""
+    runs = [r.values for r in found.runs if r.variant == variant]
+    values = [[run[m.path] for run in runs if m.path in run] for m in curve.metrics()]
+    return [mean_and_sd(v) if v else (None, None) for v in values]
 
 
 def _cost_table(found: Answer) -> str:
@@ -163,10 +179,12 @@ def _trouble(found: Answer) -> str:
 
 
 def write_report(found: Answer, out: Path) -> str:
-    """``report.md``, ``report.csv``, ``report.json`` and, with finished runs, ``quality.png`` and ``loss.png`` -> the Markdown."""
+    """``report.md``, ``report.csv``, ``report.json`` and, with finished runs, ``quality.png``, ``loss.png`` and, where there are
+    curves, ``curve.png`` -> the Markdown."""
     text = render(found)
     drawn = any(r.costs for r in found.runs)
-    pictures = "\n\n![quality](quality.png)\n\n![loss](loss.png)" if drawn else ""
+    names = ("quality", *(("curve",) if found.question.curves else ()), "loss") if drawn else ()
+    pictures = "".join(f"\n\n![{name}]({name}.png)" for name in names)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.md").write_text(f"{text}{pictures}\n", encoding="utf-8")
@@ -175,6 +193,8 @@ def write_report(found: Answer, out: Path) -> str:
         if drawn:
             plot_quality(found, out / "quality.png")
             plot_losses(found, out.parent, out / "loss.png")
+        if "curve" in names:
+            plot_curves(found, out / "curve.png")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     return text
@@ -217,6 +237,11 @@ def _plain(found: Answer) -> dict[str, Any]:
             }
             for line in found.lines
         ],
+        "curves": [
+            {"path": c.path, "label": c.label, "over": list(c.over)}
+            | {"means": {v: [mean for mean, _ in _along(found, c, v)] for v in question.variants}}
+            for c in question.curves
+        ],
         "costs": {v: asdict(c) if (c := found.costs(v)) else None for v in question.variants},
         "matched": {v: _matched(found, v) for v in question.variants},
         "runs": [
@@ -254,6 +279,24 @@ def plot_quality(found: Answer, path: Path) -> None:
     panels[0].set(ylabel=f"{metric.path} ({_direction(metric)})")
     if any(line.values for line, _ in known):
         panels[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(str(path))
+
+
+def plot_curves(found: Answer, path: Path) -> None:
+    """A panel for each curve, a line for each variant: the mean of its runs, its bars one standard deviation."""
+    curves = found.question.curves
+    figure = _figure(5.5 * len(curves), 4)
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        for i, variant in enumerate(found.question.variants):
+            along = zip(curve.over, _along(found, curve, variant), strict=True)
+            points = [(x, mean, sd or 0.0) for x, (mean, sd) in along if mean is not None]
+            if points:
+                x, mean, sd = zip(*points, strict=True)
+                axes.errorbar(x, mean, yerr=sd, marker="o", markersize=4, capsize=3, color=f"C{i % 10}", label=variant)
+        axes.set(xlabel=curve.label, ylabel=f"{curve.path} ({_direction(curve.metrics()[0])})")
+        _plain_axes(axes)
+        _scale(axes, curve.over)
+        axes.legend(frameon=False, fontsize="small")
     figure.savefig(str(path))
 
 

@@ -20,7 +20,7 @@ import yaml
 
 import ablate
 import train
-from configs.question import Metric, Question, Variant, load_question, resolve
+from configs.question import Curve, Metric, Question, Variant, load_question, resolve
 from data import DataConfig
 from eval import ablation_report
 from eval.ablation import Costs, answer, measured, read_run, sentence
@@ -34,7 +34,9 @@ from training.parallel import world
 
 # -- questions and a stand-in for train.py
 
-PLOTS = {name: getattr(ablation_report, name) for name in ("plot_quality", "plot_losses")}  # a second each time
+PLOTS = {
+    name: getattr(ablation_report, name) for name in ("plot_quality", "plot_losses", "plot_curves")
+}  # a second each
 
 # `optim.lr` is what a variant is worth, in nats; `train.sample_prompt` tells a process what to do.
 STAND_IN = """
@@ -66,7 +68,9 @@ for step in range(start + 1, steps + 1):
         file.write(json.dumps(line) + "\\n")
         if step == steps:
             end = None if task == "diverge" else loss
-            file.write(json.dumps({"step": step, "tokens": 256 * step, "val": {"loss": end, "by": {"x": {"n": 2}}}}) + "\\n")
+            pairs = {n: {"accuracy": worth * n} for n in (4, 8)}
+            val = {"loss": end, "by": {"x": {"n": 2}, "pairs": pairs}}
+            file.write(json.dumps({"step": step, "tokens": 256 * step, "val": val}) + "\\n")
     if step % 4 == 0 or stop:
         (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
     if stop:
@@ -88,7 +92,7 @@ def write_question(folder: Path, variants: str, more: str = "", **sections: dict
     path = folder / "asked.py"
     path.write_text(
         '"""Does it matter?"""\n'
-        "from configs.question import Metric, Question, Variant\n"
+        "from configs.question import Curve, Metric, Question, Variant\n"
         f"question = Question(base={str(base)!r}, baseline='a', variants={{'a': Variant(), {variants}}}, {more})\n"
     )
     return path
@@ -386,6 +390,31 @@ def test_from_copied_folders_alone(stand_in: Path, capsys: pytest.CaptureFixture
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "optim": {"lr": 0.9}}))
     assert ablate.main([str(asked), "--report", "--out", str(copies)]) == 2
     assert "b-s2 and b-s0 are not runs of one variant: 'optim.lr' is 0.2 there, 0.9 here" in capsys.readouterr().err
+
+
+def test_curves(stand_in: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Means at each setting as a table, a picture and plain numbers; what is missing is said and leaves a gap."""
+    monkeypatch.setattr(ablation_report, "plot_curves", PLOTS["plot_curves"])
+    curve = "curves=[Curve('val/by/pairs/{}/accuracy', (4, 8, 16), 'pairs')]"
+    asked = write_question(stand_in, "'b': Variant(['optim.lr=0.02'])", f"seeds=2, {curve}", optim={"lr": 0.01})
+    assert ablate.main([str(asked)]) == 0
+    text = capsys.readouterr().out
+    assert "## val/by/pairs/{}/accuracy, more is better" in text
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(("| a ", "| b "))
+    ]
+    assert ["a", "0.0400", "0.0800", "-"] in rows
+    assert ["b", "0.0800", "0.1600", "-"] in rows
+    assert "no val/by/pairs/16/accuracy" in text
+    assert "compared by val/by" not in text
+    report = stand_in / "runs" / "asked" / "report"
+    assert "![curve](curve.png)" in (report / "report.md").read_text()
+    assert (report / "curve.png").stat().st_size > 1000
+    (found,) = json.loads((report / "report.json").read_text())["curves"]
+    assert found["over"] == [4, 8, 16]
+    assert found["means"] == {"a": [pytest.approx(0.04), pytest.approx(0.08), None], "b": [0.08, 0.16, None]}
+    with pytest.raises(UserError, match="expected a path with"):
+        Curve("val/by/pairs/accuracy", (4,), "pairs")
 
 
 def test_divergence_is_not_hidden(stand_in: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from configs import schema
+from configs.question import Metric
 from data import DataConfig, DataError, Synthetic
 from data.synthetic import TASKS, task_class
 from data.synthetic.dice import Dice, hashed
@@ -21,6 +22,7 @@ from data.synthetic.mqar import MQAR
 from data.synthetic.task import SPLITS, Rows, Task
 from eval import recall
 from eval.__main__ import main as eval_main
+from eval.ablation import read_metric
 from eval.generate import main as generate_main
 from models.parsing import to_dict
 from tests.runs import PLAIN, Fault, losses, metrics, one_error, tensors, train, write_config
@@ -453,6 +455,12 @@ def test_a_config_asks_for_other_settings(finished: tuple[Path, str]):
     later = recall.evaluate(run, ["data.synthetic.lead=4", "data.seq_len=40"])
     assert stored["results"] == later["results"]
     assert stored["accuracy"] == later["accuracy"]
+    assert stored["n-samples"]["mqar_synthetic.lead-4_seq_len-40"]["effective"] == recall.validation_rows(
+        schema.load(path)
+    )
+    one = later["by"]["pairs"]["8"]["accuracy"]
+    metric = Metric("eval/mqar_synthetic.lead-4_seq_len-40/by/pairs/8/accuracy")
+    assert read_metric(metric, result.run, 12) == one
     refused = train(path, "name=refused", "eval.recall=[data.synthetic.lead=4]")
     one_error(refused, "data.seq_len=32 is too short for 8 pairs after 4 places of lead")
     assert not (run.parent / "refused").exists()
