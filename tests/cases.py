@@ -64,6 +64,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
         _part("mixer", "attention-gqa-window", {"kind": "attention", "heads": 4, "kv_heads": 2, "window": 3}),
         _part("mixer", "attention-qknorm", {"kind": "attention", "heads": 2, "head_dim": 6, "qk_norm": True}),
         _part("mixer", "attention-nope-bias", {"kind": "attention", "heads": 2, "rope_theta": None, "bias": True}),
+        _part("mixer", "attention-shift", {"kind": "attention", "heads": 2, "window": 4, "token_shift": 3}),
         _part("mixer", "attention-window1", {"kind": "attention", "heads": 2, "kv_heads": 1, "window": 1}),
     ],
     ("mixer", "linear_attention"): [

@@ -119,6 +119,7 @@ REFUSED_OUT: dict[str, dict[str, Any]] = {
     "layer 1: a shape or option": {"at": {1: {"mixer": {**ATTENTION, "kv_heads": 2}}}},
     "a window in some layers only": {"at": {1: {"mixer": {**ATTENTION, "window": 4}}}},
     "without rotary positions": {"at": {i: {"mixer": {**ATTENTION, "rope_theta": None}} for i in range(3)}},
+    "layer 0: token_shift": {"at": {i: {"mixer": {**ATTENTION, "token_shift": 4}} for i in range(3)}},
     "swiglu with bias and attention with qk_norm": {
         "at": {i: {"mixer": {**ATTENTION, "qk_norm": True}, "channel": {"bias": True}} for i in range(3)}
     },

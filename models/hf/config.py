@@ -195,6 +195,7 @@ def to_hf(model: LM) -> dict[str, Any]:
         for slot, kind in (("mixer", "attention"), ("channel", "swiglu")):
             found = getattr(getattr(block, slot), "kind", None)
             _need(found == kind, f"layer {i}: {slot} '{found}'")
+        _need(not block.mixer.token_shift, f"layer {i}: token_shift")
         _need(_shape(model, i) == _shape(model, 0), f"layer {i}: a shape or option other than in layer 0")
     windows = [block.mixer.window for block in layers]
     attention: Any = model.layers[0].mixer

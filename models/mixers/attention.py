@@ -1,4 +1,4 @@
-"""Causal softmax attention: grouped queries, rotary or no positions, sliding window, q/k-norm, packed documents."""
+"""Causal softmax attention: grouped queries, rotary or no positions, sliding window, q/k-norm, token shift, packed documents."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.rope import rotate, split_rotate
+from kernels.rope import rope_table, rotate, split_rotate
 from models.errors import UserError
-from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, build_norm, count_params, normal_, reset_norm
+from models.mixers.pieces import ROWS, ShortConv, rows_of
+from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, State, build_norm, count_params, normal_, reset_norm
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class AttentionConfig:
     rope_theta: float | None = 10000.0  # rotary positions (arXiv:2104.09864); null: none here
     qk_norm: bool = False  # RMSNorm over each head of q and k (arXiv:2302.05442)
     bias: bool = False
+    # Taps of a causal convolution before q, k and v, one filter per channel, as linear-time mixers have it: a key then knows the
+    # token before it, which recall takes two layers to learn without. 0: none.
+    token_shift: int = 0
     dropout: float = 0.0  # on attention probabilities, in training
 
     def __post_init__(self) -> None:
@@ -33,6 +37,8 @@ class AttentionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if self.token_shift < 0:
+            raise UserError(f"token_shift must not be negative, got {self.token_shift}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.kv_heads is not None and self.heads % self.kv_heads:
@@ -52,6 +58,7 @@ class AttentionState(NamedTuple):
 
     k: Tensor  # [B, Hkv, S, K]
     v: Tensor  # [B, Hkv, S, K]
+    shift: State = ()  # [B, taps - 1, D], the last inputs of the token shift where there is one
 
 
 class View(NamedTuple):
@@ -78,6 +85,7 @@ class Attention(Part):
         self.splits = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
         self.qkv = nn.Linear(site.d_model, sum(self.splits), bias=cfg.bias)
         self.out = nn.Linear(self.splits[0], site.d_model, bias=cfg.bias)
+        self.shift = ShortConv(site.d_model, cfg.token_shift, False, activation=None) if cfg.token_shift else None
         if cfg.qk_norm:
             self.q_norm = build_norm("rmsnorm", self.head_dim, site.norm_eps)
             self.k_norm = build_norm("rmsnorm", self.head_dim, site.norm_eps)
@@ -85,7 +93,11 @@ class Attention(Part):
     def forward(
         self, x: Tensor, ctx: Ctx, state: AttentionState | None = None, donate: bool = False
     ) -> tuple[Tensor, AttentionState | None, Aux]:
-        q, k, v = self._heads(self.norm(x), ctx)
+        h = self.norm(x)
+        if self.shift is not None:
+            h, shift = self.shift.over(h, ctx.shared[ROWS], None if state is None else state.shift, donate)
+            state = None if state is None else state._replace(shift=shift)
+        q, k, v = self._heads(h, ctx)
         view: View = ctx.shared[self._view_key]
         if state is not None:
             state, k, v = self._remember(state, k, v, ctx, donate, view.extent)
@@ -128,6 +140,8 @@ class Attention(Part):
         found: dict[str, Callable[[Ctx, Any], Any]] = {self._view_key: self._view}
         if self.cfg.rope_theta is not None:
             found[self._rope_key] = lambda ctx, _: rope_table(ctx.positions, self.cfg.rope_theta, self.head_dim)
+        if self.shift is not None:
+            found[ROWS] = rows_of
         return found
 
     def _view(self, ctx: Ctx, state: AttentionState | None) -> View:
@@ -173,7 +187,8 @@ class Attention(Part):
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype, max_len: int) -> AttentionState:
         shape = (batch, self.kv_heads, self._capacity(max_len), self.head_dim)
-        return AttentionState(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return AttentionState(k, v, () if self.shift is None else self.shift.init_state(batch, device, dtype))
 
     def _extent(self, state: AttentionState, ctx: Ctx) -> int:
         """How many slots can be occupied. The host may only look where looking is free."""
@@ -207,9 +222,10 @@ class Attention(Part):
         if ctx.valid is None and not ring:
             index = slot[:, None, :, None].expand_as(k)
             write = torch.Tensor.scatter_ if donate and not torch.is_grad_enabled() else torch.scatter
-            state = AttentionState(*(write(b, 2, index, n.to(b.dtype)) for b, n in ((old.k, k), (old.v, v))))
+            new = (write(b, 2, index, n.to(b.dtype)) for b, n in ((old.k, k), (old.v, v)))
         else:
-            state = AttentionState(*_write_latest(old, (k, v), slot, ctx.valid))
+            new = _write_latest(old, (k, v), slot, ctx.valid)
+        state = AttentionState(*new, shift=old.shift)
         if ring:
             return state, torch.cat((old.k.to(k.dtype), k), dim=2), torch.cat((old.v.to(v.dtype), v), dim=2)
         return state, state.k[:, :, :extent].to(k.dtype), state.v[:, :, :extent].to(v.dtype)
@@ -224,9 +240,14 @@ class Attention(Part):
                 nn.init.zeros_(linear.bias)
         for norm in (self.norm, *((self.q_norm, self.k_norm) if self.cfg.qk_norm else ())):
             reset_norm(norm)
+        if self.shift is not None:
+            self.shift.reset_parameters(generator)
 
     def meta(self) -> dict[str, ParamMeta]:
-        return {**super().meta(), "qkv.weight": ParamMeta(splits=self.splits)}
+        found = {**super().meta(), "qkv.weight": ParamMeta(splits=self.splits)}
+        if self.shift is not None:
+            found |= {f"shift.{key}": meta for key, meta in self.shift.meta().items()}
+        return found
 
     def cost(self, seq_len: int, dtype: torch.dtype = torch.float32) -> Cost:
         window = min(self.cfg.window or seq_len, seq_len)
@@ -236,6 +257,9 @@ class Attention(Part):
         matmul = 2 * (self.qkv.weight.numel() + self.out.weight.numel())
         scores = 4 * self.heads * self.head_dim * keys
         state = 2 * self.kv_heads * self.head_dim * self._capacity(seq_len) * dtype.itemsize
+        if self.shift is not None:
+            matmul += self.shift.flops()
+            state += (self.cfg.token_shift - 1) * self.site.d_model * dtype.itemsize
         return Cost(params, params, matmul + scores, state)
 
 
@@ -274,11 +298,4 @@ def _write_latest(
         :, None, :size, None
     ]
     index = source.clamp(min=0).expand(-1, new[0].shape[1], -1, new[0].shape[3])
-    return tuple(torch.where(source >= 0, n.gather(2, index).to(b.dtype), b) for b, n in zip(buffers, new, strict=True))
-
-
-def rope_table(positions: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """positions [B, T] -> cos, sin [B, T, 1, K/2] in fp32 (arXiv:2104.09864, eq. 34, halves rotated instead of pairs)."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angle = positions[..., None, None].float() * theta**-exponent
-    return angle.cos(), angle.sin()
+    return tuple(torch.where(source >= 0, n.gather(2, index).to(b.dtype), b) for b, n in zip(buffers[:2], new, strict=True))

@@ -21,8 +21,7 @@ from torch import Tensor
 from kernels.chunks import Chunks, chunks
 from kernels.memory_attention import memory_attention
 from kernels.prefix_topm import prefix_topm
-from kernels.rope import rotate
-from models.mixers.attention import rope_table
+from kernels.rope import rope_table, rotate
 from models.mixers.bmojo_archive import Recall
 from models.mixers.bmojo_decode import Decode
 from models.mixers.bmojo_keys import Places

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from kernels.memory_attention import memory_attention
 from kernels.prefix_topm import prefix_topm
-from kernels.rope import rotate
-from models.mixers.attention import rope_table
+from kernels.rope import rope_table, rotate
 from models.mixers.bmojo_archive import Rows as Stored
 from models.mixers.bmojo_keys import Keys, Places
 from models.mixers.bmojo_scores import rank

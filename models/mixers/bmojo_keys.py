@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.chunks import Chunks
-from kernels.rope import rotate
+from kernels.rope import rope_table, rotate
 from models import zoo
-from models.mixers.attention import rope_table
 from models.mixers.bmojo_config import BMojoConfig
 from models.mixers.bmojo_state import BMojoState, Line
 from models.mixers.pieces import Rows, ShortConv
@@ -63,13 +62,8 @@ class Keys(Part):
         """The token shift: u [B, T, D] -> (what q, k and v are made of [B, T, D], its new state)."""
         if self.shift is None:
             return u, ()
-        if state is not None and u.shape[1] == 1:
-            h, shift = self.shift.step(u, state.shift[:, None], index=rows.index, donate=donate)
-            return h, shift[:, 0]
-        keep = state is not None
-        before = state.shift if keep else None
-        h, shift = self.shift(rows.pack(u), initial_state=before, output_final_state=keep, cu_seqlens=rows.cu_seqlens)
-        return rows.unpack(h, len(u)), shift
+        h, shift = self.shift.over(u, rows, None if state is None else state.shift, donate)  # pyright: ignore[reportArgumentType]
+        return h, () if shift is None else shift
 
     def _heads(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> q [B, T, H, K], k, v [B, T, Hkv, K], normed, not rotated."""

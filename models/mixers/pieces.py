@@ -94,6 +94,16 @@ class ShortConv(nn.Module):
             x, self.weight, self.bias, state, activation=self.activation, index=index, donate=donate
         )
 
+    def over(self, x: Tensor, rows: Rows, state: Tensor | None, donate: bool) -> tuple[Tensor, Tensor | None]:
+        """Of whatever a forward brings, on the tokens as they stand: x [B, T, C] -> (y [B, T, C], state [B, W-1, C] or None)."""
+        if state is not None and x.shape[1] == 1:
+            y, state = self.step(x, state[:, None], index=rows.index, donate=donate)
+            return y, state[:, 0]
+        y, state = self(
+            rows.pack(x), initial_state=state, output_final_state=state is not None, cu_seqlens=rows.cu_seqlens
+        )
+        return rows.unpack(y, len(x)), state
+
     def init_state(
         self, batch: int, device: torch.device | str, dtype: torch.dtype, memories: int | None = None
     ) -> Tensor:

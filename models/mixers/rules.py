@@ -26,8 +26,7 @@ from kernels.decay_linear_attention import decay_linear_attention
 from kernels.gated_delta_rule import gated_delta_rule
 from kernels.gla import gla
 from kernels.recurrent_step import recurrent_step
-from kernels.rope import rotate
-from models.mixers.attention import rope_table
+from kernels.rope import rope_table, rotate
 from models.types import ParamMeta, default_meta, normal_, uniform_
 
 DT_RANGE = (1e-3, 1e-1)  # of the step sizes at initialisation (arXiv:2312.00752, section 3.6)
