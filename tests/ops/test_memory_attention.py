@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.chunks import chunks, slots
-from kernels.memory_attention import FADING, branches, memory_attention, reference
+from kernels.memory_attention import FADING, branches, memory_attention, peers, reference
 from kernels.prefix_topm import prefix_topm
 from tests.tools import assert_close, same_bytes, segments
 
@@ -147,6 +147,59 @@ def test_half_precision_sums_in_fp32():
         out = run(args)
         assert out.dtype == dtype
         assert_close(out, dense(exact), "op", dtype)
+
+
+# -- against torch's own attention, where a mask of another make says which key is seen
+
+
+@KINDS
+@pytest.mark.parametrize("ragged", [False, True], ids=["rows", "documents"])
+def test_equals_attention_of_torch(ragged: bool, fading: str | None):
+    """Kept rows seen from an offset on or from the start, rows of a pool, grouped heads, a query of its own for the memory."""
+    cu = torch.tensor([0, 5, 5, 6, 20, 37, 37], dtype=torch.int32) if ragged else None
+    kinds: list[dict[str, Any]] = [{"heads": (3, 1)}, {"dedup": False, "two_queries": True}, {"m": 0}, {"pool": 7}]
+    for options in kinds:
+        args = arguments(window=4, fading=fading, cu=cu, **options)
+        o, want = run(args), peers.sdpa(**args)
+        assert_close(o, want, "forms")
+        do = torch.randn_like(o)
+        assert_close(grads(o, do, args), grads(want, do, args), "gradient")
+
+
+@KINDS
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_equals_flex_attention(fading: str | None):
+    """Without gradients, which flex_attention has on GPUs only; blocks with nothing to see, with all, and at a ragged end."""
+    for window, cu in ((40, None), (300, torch.tensor([0, 5, 290, 290, 650], dtype=torch.int32))):
+        args = arguments(1, 700, window, fading, cu=cu, m=5, width=4, two_queries=cu is not None)
+        with torch.no_grad():
+            assert_close(run(args), peers.flex(**args), "forms")
+
+
+@KINDS
+def test_blocks_of_flex_attention_are_those_of_the_mask(fading: str | None):
+    for window in (1, 40, 300):
+        args = arguments(1, 700, window, fading, m=5)
+        mask, (first, last) = peers.block_mask(**args), peers.spans(**args)
+        row, size = torch.arange(700)[:, None], peers.BLOCK
+        dense = F.pad((first <= row) & (row < last), (0, -len(first) % size))
+        blocks = [block.unflatten(1, (-1, size)).sum((0, 2)) for block in dense.split(size)]
+        seen, pairs = (
+            torch.stack(blocks),
+            torch.tensor([min(size, 700 - start) for start in range(0, 700, size)]) * size,
+        )
+        full = torch.zeros_like(seen, dtype=torch.bool)
+        touched = full.clone()
+        for found, number, index in (
+            (touched, mask.kv_num_blocks, mask.kv_indices),
+            (full, mask.full_kv_num_blocks, mask.full_kv_indices),
+        ):
+            assert number is not None
+            assert index is not None
+            for i, n in enumerate(number[0, 0].tolist()):
+                found[i, index[0, 0, i, :n].long()] = True
+        assert torch.equal(full, seen == pairs[:, None])
+        assert torch.equal(touched, (seen > 0) & ~full)
 
 
 # -- what it contains
