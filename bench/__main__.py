@@ -22,6 +22,7 @@ from bench import (
     gpu_layers,
     gpu_memories,
     gpu_scans,
+    kept_rows,
     kernels,
     readme,
     recall,
@@ -58,7 +59,7 @@ def run_decode(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
 
 def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     cases = [*kernels.cases(args.device)]
-    cases += [case for bench in (scans, cells) for case in bench.cases(args.device, args.tiny)]
+    cases += [case for bench in (scans, cells, kept_rows) for case in bench.cases(args.device, args.tiny)]
     if args.ops:
         names = [case.op for case in cases]
         for op in args.ops:
@@ -69,7 +70,7 @@ def run_kernels(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     text = kernels.table(rows)
     if args.device == "cuda" or args.tiny:
         limits = floors.peaks(args.device, args.tiny)
-        for bench in (gpu_scans, gpu_layers, gpu_memories, cells):
+        for bench in (gpu_scans, gpu_layers, gpu_memories, cells, kept_rows):
             more, table = bench.run(limits, args.device, args.pairs, args.tiny)
             rows, text = rows + more, f"{text}\n\n{table}"
         text += f"\n\nmeasured peaks: {limits.flops / 1e12:.3g} TFLOP/s in bf16, {limits.bandwidth / 1e12:.3g} TB/s"

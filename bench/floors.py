@@ -57,6 +57,12 @@ def cell_floor(d: int, slots: int) -> tuple[Floor, Floor]:
     return Floor(flops, 4 * d), Floor(3 * flops, 8 * d)
 
 
+def memory_attention_floor(k: int, keys: float, share: float = 1.0) -> tuple[Floor, Floor]:
+    """Of softmax attention, where a query sees ``keys`` keys on average and no others are computed; ``share``: key heads per query
+    head. The few fading rows are left out, and the exponentials, for which heads of 64 wait about as long as for the products."""
+    return Floor(4 * k * keys, 4 * k * (1 + share)), Floor(10 * k * keys, 8 * k * (1 + share))
+
+
 def gather_floor(row_bytes: int) -> Floor:
     """Of one row of a table: its address, the row read and written."""
     return Floor(0, 8 + 2 * row_bytes)

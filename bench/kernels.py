@@ -64,10 +64,10 @@ def cases(device: str) -> list[Case]:
 
 
 def _run(fn: Callable[..., Any], case: Case, above: list[Tensor] | None = None) -> list[Tensor]:
-    """Forward, and backward from the gradients that arrive from ``above``; -> outputs and gradients."""
+    """Forward, and backward from the gradients that arrive from ``above``, if there are any; -> outputs and gradients."""
     out = fn(*case.inputs, *case.extra)
     outs = list(out) if isinstance(out, tuple) else [out]
-    if above is None:
+    if not above:
         return outs
     learned = [o for o in outs if o.requires_grad]
     grads = torch.autograd.grad(learned, case.inputs, above, allow_unused=True, materialize_grads=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cells, context, floors, gpu_layers, gpu_memories, gpu_scans, kernels, scans, tables
+from bench import cells, context, floors, gpu_layers, gpu_memories, gpu_scans, kept_rows, kernels, scans, tables
 from bench.floors import Floor, Peaks
 from bench.scans import SCANS, Shape
 
@@ -47,11 +47,15 @@ def test_a_floor_is_the_slower_of_two():
     assert min(found.flops, found.bandwidth) > 1e6
 
 
-@pytest.mark.parametrize("case", scans.cases("cpu", tiny=True) + cells.cases("cpu", tiny=True), ids=lambda c: c.op)
+CASES = [case for bench in (scans, cells, kept_rows) for case in bench.cases("cpu", tiny=True)]
+PEERS = ("token by token", "plain PyTorch", "the paper's equations", "SDPA, one mask", "a top-k per chunk")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
 def test_ops_against_their_definition(case: kernels.Case):
     row = kernels.measure(case, pairs=1)
     assert row["ratio"] > 0
-    assert row["peer"] in ("token by token", "plain PyTorch", "the paper's equations")
+    assert row["peer"] in PEERS
     assert case.op in kernels.table([row])
 
 
@@ -119,6 +123,53 @@ def test_cells_beside_their_rivals():
     assert (backward.flops, backward.bytes) == (3 * 622_592, 6144)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_kept_rows_beside_flex_attention():
+    """Of 70 tokens in windows of 16: a row of k is seen by the window, one of the 4 kept once it has left that, a fading one by
+    its chunk."""
+    rows, text = kept_rows.run(LIMITS, "cpu", pairs=1, tiny=True)
+    assert [(r["pass"], sorted(r["ratio"])) for r in rows] == [
+        ("forward", ["causal", "flex"]),
+        ("forward + backward", ["causal"]),
+    ]
+    for row in rows:
+        assert 16 - 16 * 15 / 2 / 70 + 54 / 70 < row["keys"] < 16 - 16 * 15 / 2 / 70 + 5 * 54 / 70
+        assert row["wrong"] == {}
+        assert row["floor"] > 0
+    assert "wanted: 1.3 times the speed of flex_attention, met in " in text
+    assert "at most 2 times the physical limit, met in 0 of 2" in text
+    json.dumps(rows)
+
+
+def test_no_speed_for_wrong_attention(monkeypatch: pytest.MonkeyPatch):
+    """A peer that is wrong is told of, our own op stops the bench."""
+    (shape,) = kept_rows.shapes(tiny=True)
+    monkeypatch.setattr(kept_rows.peers, "flex", lambda *x, **options: 1.1 * kept_rows.peers.sdpa(*x, **options))
+    monkeypatch.setattr(kept_rows.peers, "block_mask", None)
+    rows = kept_rows.measure(shape, LIMITS, "cpu", pairs=1)
+    assert all("flex" not in r["ns"] and r["wrong"]["flex"] == pytest.approx(0.1, abs=0.01) for r in rows)
+    assert "wrong by 1.0e-01" in kept_rows.table(rows)
+    monkeypatch.setattr(kept_rows, "compare", lambda *_: [0.1])
+    with pytest.raises(RuntimeError, match="no speed is reported"):
+        kept_rows.measure(shape, LIMITS, "cpu", pairs=1)
+
+
+def test_floor_of_attention_to_kept_rows():
+    """The specified sizes: at W = 512 with 65 rows more, 557 keys of a query on average over 8192 tokens, 4.56 MFLOP per token of
+    32 heads of 64, which move 2 (H + Hkv) K numbers."""
+    window, T, more = 512, 8192, 65
+    keys = window * (1 - (window - 1) / (2 * T)) + more * (1 - window / T)
+    forward, backward = floors.memory_attention_floor(64, keys)
+    assert 32 * forward.flops == pytest.approx(4.56e6, rel=1e-3)
+    assert 32 * forward.bytes == 2 * (32 + 32) * 64 * 2
+    assert backward.flops == 2.5 * forward.flops
+    assert floors.memory_attention_floor(128, keys, 1 / 4)[0].bytes == 4 * 128 * 1.25
+    assert {(s.length, s.window, s.kept, s.fading) for s in kept_rows.shapes(tiny=False)} == {
+        (8192, 512, 64, 1),
+        (32768, 512, 64, 1),
+    }
+
+
 def test_looked_up_memory():
     rows, text = gpu_memories.run(LIMITS, "cpu", pairs=1, tiny=True)
     *tables, layer = rows
@@ -178,6 +229,7 @@ def test_no_speed_for_other_addresses(monkeypatch: pytest.MonkeyPatch):
         tables.addressing_ratio(tables.TINY, 2_000, 1)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """What a GPU runs, at tiny shapes: tables on the screen and in the file, rows as JSON."""
     monkeypatch.setattr(kernels, "cases", lambda device: [])
@@ -191,10 +243,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "times a plain pass",
         "of copy bandwidth",
         "of the bandwidth of a copy",
+        "speed ours / flex",
         "measured peaks",
     ):
         assert word in text
     assert re.search(r"fla-core (is not here|\d)", text)
-    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 5 + 2 + 6 + 1 + 4 + 5 + 2
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 7 + 2 + 6 + 1 + 4 + 5 + 2 + 2
     assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
     assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
