@@ -7,11 +7,18 @@ from data.synthetic.task import Task
 
 # To add a task: write its file, add its line here.
 TASKS = {
+    "common_words": "data.synthetic.counting:CommonWords",
+    "copying": "data.synthetic.copying:Copying",
     "dual_process": "data.synthetic.dual_process:DualProcess",
     "flip_flop": "data.synthetic.flip_flop:FlipFlop",
+    "frequent_words": "data.synthetic.counting:FrequentWords",
+    "induction": "data.synthetic.induction:Induction",
     "listops": "data.synthetic.listops:ListOps",
     "mqar": "data.synthetic.mqar:MQAR",
+    "needle": "data.synthetic.needle:Needle",
     "path_star": "data.synthetic.path_star:PathStar",
+    "selective_copying": "data.synthetic.copying:SelectiveCopying",
+    "variable_tracking": "data.synthetic.variables:VariableTracking",
     "word_problem": "data.synthetic.word_problem:WordProblem",
 }
 
