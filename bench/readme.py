@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from eval.tables import cell
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +94,7 @@ def question_table(name: str) -> str:
 
 def curve_table(curve: dict[str, Any], variants: Iterable[str]) -> str:
     """The means of each variant at each setting."""
-    lines = [f"\n| {curve['path']} over {curve['label']} | {' | '.join(f'{x:,}' for x in curve['over'])} |"]
+    lines = [f"\n| {curve['path']} over {curve['label']} | {' | '.join(map(cell, curve['over']))} |"]
     lines += [f"|{' --- |' * (1 + len(curve['over']))}"]
     for variant in variants:
         means = ["" if mean is None else f"{mean:.3f}" for mean in curve["means"][variant]]

@@ -79,12 +79,12 @@ class Metric:
 class Curve:
     """One number of a finished run at several settings, drawn over them and not compared.
 
-    ``path``: that of a `Metric`, with {} where each of ``over`` is put in: ``eval/length/loss_{}`` over (256, 1024, 8192).
-    ``label`` is what these are.
+    ``path``: that of a `Metric`, with {} where each of ``over`` is put in: ``eval/length/loss_{}`` over (256, 1024, 8192), or
+    ``val/by/distance/{}/accuracy`` over ("2-3", "4-7"). ``label`` is what these are.
     """
 
     path: str
-    over: Sequence[int | float]
+    over: Sequence[int | float | str]
     label: str
     more_is_better: bool | None = None
     unit: str | None = None

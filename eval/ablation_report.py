@@ -18,7 +18,7 @@ from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Metric
 from eval.ablation import Answer, Costs, Line, run_name, verdict
 from eval.report import SMOOTH, read_metrics, smooth
 from eval.statistics import mean_and_sd
-from eval.tables import markdown
+from eval.tables import cell, markdown
 from models.errors import UserError
 from models.match import BUDGETS
 from models.parsing import to_dict
@@ -93,7 +93,7 @@ def _curve_table(found: Answer, curve: Curve) -> str:
     """A row for every variant: means over its finished runs."""
     means = [[mean for mean, _ in _along(found, curve, variant)] for variant in found.question.variants]
     rows = [(variant, *row) for variant, row in zip(found.question.variants, means, strict=True)]
-    return markdown((curve.label, *(f"{x:,}" for x in curve.over)), rows)
+    return markdown((curve.label, *map(cell, curve.over)), rows)
 
 
 def _along(found: Answer, curve: Curve, variant: str) -> list[tuple[float | None, float | None]]:
@@ -287,15 +287,21 @@ def plot_curves(found: Answer, path: Path) -> None:
     curves = found.question.curves
     figure = _figure(5.5 * len(curves), 4)
     for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        places = [x for x in curve.over if not isinstance(x, str)]
+        if words := len(places) < len(curve.over):
+            places = list(range(len(curve.over)))
         for i, variant in enumerate(found.question.variants):
-            along = zip(curve.over, _along(found, curve, variant), strict=True)
+            along = zip(places, _along(found, curve, variant), strict=True)
             points = [(x, mean, sd or 0.0) for x, (mean, sd) in along if mean is not None]
             if points:
                 x, mean, sd = zip(*points, strict=True)
                 axes.errorbar(x, mean, yerr=sd, marker="o", markersize=4, capsize=3, color=f"C{i % 10}", label=variant)
         axes.set(xlabel=curve.label, ylabel=f"{curve.path} ({_direction(curve.metrics()[0])})")
         _plain_axes(axes)
-        _scale(axes, curve.over)
+        if words:
+            axes.set_xticks(places, [str(x) for x in curve.over])
+        else:
+            _scale(axes, places)
         axes.legend(frameon=False, fontsize="small")
     figure.savefig(str(path))
 

@@ -395,7 +395,7 @@ def test_from_copied_folders_alone(stand_in: Path, capsys: pytest.CaptureFixture
 def test_curves(stand_in: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Means at each setting as a table, a picture and plain numbers; what is missing is said and leaves a gap."""
     monkeypatch.setattr(ablation_report, "plot_curves", PLOTS["plot_curves"])
-    curve = "curves=[Curve('val/by/pairs/{}/accuracy', (4, 8, 16), 'pairs')]"
+    curve = "curves=[Curve('val/by/pairs/{}/accuracy', n, 'pairs') for n in ((4, 8, 16), ('4', '8'))]"
     asked = write_question(stand_in, "'b': Variant(['optim.lr=0.02'])", f"seeds=2, {curve}", optim={"lr": 0.01})
     assert ablate.main([str(asked)]) == 0
     text = capsys.readouterr().out
@@ -410,7 +410,9 @@ def test_curves(stand_in: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     report = stand_in / "runs" / "asked" / "report"
     assert "![curve](curve.png)" in (report / "report.md").read_text()
     assert (report / "curve.png").stat().st_size > 1000
-    (found,) = json.loads((report / "report.json").read_text())["curves"]
+    found, words = json.loads((report / "report.json").read_text())["curves"]
+    assert words["over"] == ["4", "8"]
+    assert words["means"]["b"] == found["means"]["b"][:2]
     assert found["over"] == [4, 8, 16]
     assert found["means"] == {"a": [pytest.approx(0.04), pytest.approx(0.08), None], "b": [0.08, 0.16, None]}
     with pytest.raises(UserError, match="expected a path with"):

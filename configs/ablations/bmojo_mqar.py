@@ -2,17 +2,17 @@
 
 B'MOJO (arXiv:2407.06324) against its parts on associative recall, at equal bytes of state: attention in a window alone, the fading
 memory alone, both as alternating layers, B'MOJO-F (window and fading outputs in one softmax), B'MOJO, and B'MOJO that keeps tokens
-by lot. What has no eidetic tokens has a wider window, or a larger state, instead. Queries come anywhere behind the pairs (clustered
-ones hide the effect); those at a distance that no window reaches are also counted alone. Pairs come first in a row, so a memory that
-keeps the earliest tokens would do: every run is also judged, without further training, with filler before the pairs (lead 16 and
-32): what depends on content stays, what depends on position falls. With random filler, which no surprise tells from a pair:
-data.synthetic.filler=random --out runs/bmojo_mqar_random.
+by lot. All have a convolution of four taps before keys and queries. What has no eidetic tokens has a wider window, or a larger
+state, instead. Queries come anywhere behind the pairs (clustered ones hide the effect); those at a distance that no window reaches
+are also counted alone. Pairs come first in a row, so a memory that keeps the earliest tokens would do: every run is also judged,
+without further training, with filler before the pairs (lead 16 and 32): what depends on content stays, what depends on position
+falls. With random filler, which no surprise tells from a pair: data.synthetic.filler=random --out runs/bmojo_mqar_random.
 """
 
-from configs.question import Question, Variant
+from configs.question import Curve, Question, Variant
 
 BMOJO = "{kind: bmojo, ssm: {kind: mamba2, head_dim: 16, d_state: 4}, heads: 2, window: 8, m_f: 1, m_e: %d, score: %s}"
-ATTENTION = "{kind: attention, heads: 2, rope_theta: null, window: 8}"
+ATTENTION = "{kind: attention, heads: 2, rope_theta: null, token_shift: 4, window: 8}"
 MAMBA = "{kind: mamba2, head_dim: 16, d_state: 4}"
 
 
@@ -46,6 +46,10 @@ question = Question(
         "val/by/distance/64-127/accuracy",
         "eval/mqar_synthetic.lead-16_seq_len-144/acc",
         "eval/mqar_synthetic.lead-32_seq_len-160/acc",
+    ],
+    curves=[
+        Curve("val/by/pairs/{}/accuracy", (2, 4, 8), "pairs"),
+        Curve("val/by/distance/{}/accuracy", ("4-7", "8-15", "16-31", "32-63", "64-127"), "distance"),
     ],
     seeds=3,
 )

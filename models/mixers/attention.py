@@ -298,4 +298,6 @@ def _write_latest(
         :, None, :size, None
     ]
     index = source.clamp(min=0).expand(-1, new[0].shape[1], -1, new[0].shape[3])
-    return tuple(torch.where(source >= 0, n.gather(2, index).to(b.dtype), b) for b, n in zip(buffers[:2], new, strict=True))
+    return tuple(
+        torch.where(source >= 0, n.gather(2, index).to(b.dtype), b) for b, n in zip(buffers[:2], new, strict=True)
+    )
