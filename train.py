@@ -151,7 +151,7 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
         line = {}
         if done % cfg.log.every == 0 or last:
             line = readable(losses, stats, w) | {"grad_norm": norm.item(), "lr": optim.base_lr, "skipped": skipped}
-            line |= meter.read(done)
+            line |= interventions.reports(intervene, done, t.steps, model) | meter.read(done)
             if log:
                 log.write(done, line)
         if log:

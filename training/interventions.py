@@ -19,8 +19,8 @@ from models import zoo
 from models.channels.structured import Guide, Structured
 from models.errors import UserError, nearest
 from models.lm import LM
-from models.parsing import from_dict
-from models.types import ParamMeta
+from models.parsing import choice, from_dict
+from models.types import ParamMeta, normal_
 from training.optim import Optimizer
 
 Intervention = Callable[[int, int, LM, Optimizer], None]  # (step, total, model, optimizer)
@@ -114,7 +114,73 @@ def _guide(maps: dict[str, Structured], optim: Optimizer) -> None:
         m.guide = Guide(weight, torch.ones_like(weight[0, 0]))
 
 
-KINDS: dict[str, type] = {"unfreeze": Unfreeze, "self_guided": SelfGuided}
+@dataclass(frozen=True)
+class Forgetting:
+    """Token embeddings are drawn anew, from their law at the start, before every ``every``-th step: active forgetting
+    (arXiv:2307.01163), or temporary forgetting where it ends before step ``until`` (arXiv:2406.00053). Their moments and the step
+    count of their bias correction go with them; everything else goes on.
+
+    ``tied``: what to do where the head is the embedding: ``reset`` both, which are one matrix, or ``skip`` the model. What is drawn
+    depends on ``seed`` and on the step alone; runs with other seeds for their weights and data forget into the same draws
+    unless it is changed with them.
+    """
+
+    kind: str = "forgetting"
+    every: int = 1000
+    until: float = 0.0  # steps, or a share of the run when below 1; 0: the whole run
+    tied: str | None = None  # reset | skip; must be given where the head is tied
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"every must be at least 1, got {self.every}")
+        if self.until < 0:
+            raise UserError(f"until must not be negative, got {self.until:g}")
+        if self.tied is not None:
+            choice("tied", self.tied, ("reset", "skip"))
+
+    def end(self, total: int) -> int:
+        """The first step before which nothing is forgotten any more."""
+        if not self.until:
+            return total
+        return min(total, round(self.until * total) if self.until < 1 else round(self.until))
+
+    def times(self, step: int, total: int) -> int:
+        """How often embeddings have been drawn anew when ``step`` steps are done."""
+        return max(0, min(step, self.end(total)) - 1) // self.every
+
+    def __call__(self, step: int, total: int, model: LM, optim: Optimizer) -> None:
+        if not self._applies(model) or not 0 < step < self.end(total) or step % self.every:
+            return
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
+        normal_(model.embed.weight, model.cfg.init_std, generator)
+        optim.forget("embed.weight")
+
+    def _applies(self, model: LM) -> bool:
+        """Raises UserError where the setting for a tied head is missing."""
+        if model.cfg.tied and self.tied is None:
+            raise UserError("forgetting: the head is the embedding; say tied: reset to forget both, or tied: skip")
+        return not (model.cfg.tied and self.tied == "skip")
+
+    def report(self, step: int, total: int, model: LM) -> dict[str, float]:
+        """How often it has been done."""
+        return {"forgotten": self.times(step, total) if self._applies(model) else 0}
+
+    def note(self, total: int, model: LM) -> str:
+        """What is forgotten and how often. Raises UserError for embeddings that do not learn."""
+        if not self._applies(model):
+            return "forgetting  nothing: the head is the embedding (tied: skip)"
+        weight = model.embed.weight
+        if not weight.requires_grad:
+            raise UserError("forgetting: embed.weight is frozen; what is drawn anew would stay as it is drawn")
+        which = "embeddings and head" if model.cfg.tied else "embeddings"
+        return (
+            f"forgetting  {which}, {weight.shape[0]:,} x {weight.shape[1]}, drawn anew {self.times(total, total)} times: "
+            f"every {self.every} of the first {self.end(total)} of {total} steps"
+        )
+
+
+KINDS: dict[str, type] = {"unfreeze": Unfreeze, "self_guided": SelfGuided, "forgetting": Forgetting}
 
 
 def build(configs: Sequence[Any]) -> list[Intervention]:
@@ -136,6 +202,15 @@ def build(configs: Sequence[Any]) -> list[Intervention]:
 def notes(changes: Sequence[Intervention], total: int, model: LM) -> list[str]:
     """What interventions have to say before a run of ``total`` steps. Raises UserError for one that cannot do its work."""
     return [note(total, model) for change in changes if (note := getattr(change, "note", None))]
+
+
+def reports(changes: Sequence[Intervention], step: int, total: int, model: LM) -> dict[str, float]:
+    """Numbers for the log when ``step`` of ``total`` steps are done: pure functions of the step, as the changes are."""
+    found: dict[str, float] = {}
+    for change in changes:
+        report = getattr(change, "report", None)
+        found |= report(step, total, model) if report else {}
+    return found
 
 
 def _foreign(kind: str, where: str) -> type:

@@ -183,6 +183,11 @@ class Optimizer:
                 if moment.ndim:
                     moment[rows.to(moment.device)] = 0
 
+    def forget(self, name: str) -> None:
+        """Drop the moments and the step count of a parameter that was replaced: its next step is its first."""
+        self.muon.state.pop(name, None)
+        self.adamw.state.pop(self.params[name], None)
+
     def _moments(self, name: str) -> dict[str, Tensor]:
         if name in self.muon_names:
             return {"momentum": self.muon.state[name]} if name in self.muon.state else {}
