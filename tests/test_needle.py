@@ -1,0 +1,212 @@
+"""A needle in a text: how questions are made, judged by programs that read them, and by a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.question import Metric
+from data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from eval import needle
+from eval.ablation import read_metric
+from eval.needle import Asker, Question, Variant, haystack, measure
+from eval.run import open_run
+from eval.scoring import Score
+from models import Batch, UserError
+from tests.test_eval_runs import LEARNED, LLAMA, add_corpus, tiny_model, write_run
+
+TEXT = "".join(f"The word after {n} is {n + 1}. Is it? It is, {'and ' * (n % 7)}so on!\n" for n in range(200))
+VARIANTS = {
+    "plain": Variant(),
+    "keys": Variant(keys=6),
+    "values": Variant(keys=2, values=2, choices=5),
+    "queries": Variant(keys=4, queries=3, choices=3),
+}
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return ByteTokenizer() if request.param == "bytes" else train_bpe([TEXT], 300, progress=False)
+
+
+def questions(
+    tokenizer: Tokenizer, variant: Variant, lengths: Sequence[int] = (600,), samples: int = 20
+) -> list[Question]:
+    """At depths of a half, three quarters and so on, in rows of text."""
+    asker = Asker(tokenizer, haystack(tokenizer, [tokenizer.encode(TEXT)], 1, 1), variant, 5, 0)
+    return [q for length in lengths for depth in range(5) for n in range(samples) for q in asker.ask(length, depth, n)]
+
+
+def accuracy(tokenizer: Tokenizer, variant: Variant, numbers, samples: int = 8) -> dict:
+    """Of a judge to whom those choices are likely that ``numbers(context)`` finds, and the first of them would be written."""
+
+    def judge(requests):
+        for context, choice in requests:
+            found, said = numbers(tokenizer.decode(context)), tokenizer.decode(choice).strip()
+            yield Score(0.0 if said in found else -1.0, said == found[0])
+
+    return measure(
+        questions(tokenizer, variant, samples=samples), variant, np.linspace(0, 1, 5), lambda r: list(judge(r))
+    )
+
+
+def read(context: str) -> list[str]:
+    """The numbers of the city that is asked for last."""
+    city = re.search(r"of (\w+) is$", context)
+    assert city
+    return re.findall(rf"secret numbers? of {city[1]} is (\d{{5}})", context)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_reading_answers_everything_and_presence_does_not(tokenizer: Tokenizer, variant: Variant):
+    found = accuracy(tokenizer, variant, read)
+    assert (found["accuracy"], found["exact"]) == (1, 1)
+    assert found["answers"] == 5 * 8 * variant.queries
+    # Any number that is in the context: enough with one needle; else the wrong ones are there too.
+    anything = accuracy(tokenizer, variant, lambda context: re.findall(r"\d{5}", context))
+    assert (anything["accuracy"] == 1) == (variant.keys == 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_chance(variant: Variant):
+    asked = questions(ByteTokenizer(), variant, samples=40)
+    drawn = np.random.default_rng(0).random(1 << 16).tolist()
+    found = measure(
+        asked, variant, np.linspace(0, 1, 5), lambda requests: [Score(drawn.pop(), False) for _ in requests]
+    )
+    assert found["accuracy"] == pytest.approx(variant.guess, abs=5 * 0.5 / len(asked) ** 0.5)
+    assert found["exact"] == 0
+    # Nothing can be told apart: no answer is right.
+    equal = measure(asked, variant, np.linspace(0, 1, 5), lambda requests: [Score(-1.0, False) for _ in requests])
+    assert equal["accuracy"] <= max(0.0, 2 * variant.values / variant.choices - 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_questions_are_what_they_say(tokenizer: Tokenizer, variant: Variant):
+    """A piece of the text with needles between its sentences, as long as was asked for to the token."""
+    count, behind = variant.queries, []
+    for start, q in enumerate(found := questions(tokenizer, variant, lengths=(500, 640), samples=4)):
+        assert q.context[0] == tokenizer.bos_id
+        assert len({tuple(choice) for choice in q.choices}) == len(q.choices) == variant.choices
+        if (start + 1) % count == 0:  # the last question of its row
+            assert len(q.context) + max(map(len, q.choices)) == q.length
+        whole = tokenizer.decode(q.context[1:])
+        text, asked = whole[: whole.rindex("\nThe" if variant.values == 1 else "\nOne")], read(whole)
+        assert [tokenizer.decode(choice) for choice in q.choices[: variant.values]] in (
+            [f" {number}" for number in numbers] for numbers in (asked[: variant.values], asked[: variant.values][::-1])
+        )
+        hidden = re.findall(r" (?:The|One of the) secret numbers? of \w+ is \d{5}\.", text)
+        assert len(hidden) == variant.keys * variant.values
+        bare = text
+        for sentence in hidden:
+            bare = bare.replace(sentence, "")
+        assert bare.strip("\ufffd") in TEXT + "\n\n"
+        behind += [text[at - 1] in ".!?\n" for sentence in hidden if (at := text.index(sentence))]
+    assert np.mean(behind) > 0.3  # where a sentence ends near the place; a place at random is seldom one
+    depths = [q.depth for q in found[::count]]
+    assert depths == [depth for depth in range(5) for _ in range(4)] * 2
+
+
+def test_where_sentences_end():
+    words = ByteTokenizer()
+    text = haystack(words, [words.encode("ab. cd"), words.encode("e!")], 8, 9)
+    assert bytes(text.tokens.tolist()) == b"ab. cd\n\ne!\n\n"
+    assert text.ends.tolist() == [3, 7, 8, 10, 11, 12]
+    assert [text.between_sentences(place, 2) for place in (0, 2, 3, 5, 6, 7)] == [0, 2, 3, 3, 6, 7]
+    assert text.between_sentences(6, 3) == 3
+    with pytest.raises(UserError, match="the text has 4 tokens, and the longest row 5"):
+        haystack(words, [words.encode("ab")], 5, 5)
+
+
+# -- runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of large random weights that has a corpus."""
+    folder = tmp_path_factory.mktemp("needle")
+    path = write_run(folder / "run", tiny_model(), seq_len=64)
+    add_corpus(path, folder)
+    return path
+
+
+def test_a_run_is_judged(run: Path):
+    """As scored one choice at a time, from a tokenizer and logits alone."""
+    loaded, variant = open_run(run, "cpu"), Variant(keys=2, queries=2)
+    results = needle.evaluate(loaded, [200, 260], 3, 2, variant)
+    text = haystack(loaded.tokenizer, needle._held_out(loaded), 260, 260 * needle.PIECES)
+    asker = Asker(loaded.tokenizer, text, variant, 3, 0)
+    right, exact = [], []
+    for length in (200, 260):
+        for q in [q for depth in range(3) for n in range(2) for q in asker.ask(length, depth, n)]:
+            scores = []
+            for choice in q.choices:
+                row = torch.tensor([q.context + choice])
+                logits = loaded.model(Batch(row[:, :-1]), logits="all").logits[0, len(q.context) - 1 :].double()
+                scores.append(logits.log_softmax(-1).gather(1, row[0, len(q.context) :, None]).sum().item())
+                if choice is q.choices[0]:
+                    exact.append(logits.argmax(-1).tolist() == choice)
+            right.append(scores.index(max(scores)) == 0)
+    assert results["accuracy"] == pytest.approx(np.mean(right))
+    assert results["exact"] == pytest.approx(np.mean(exact))
+    stored = json.loads((run / "eval" / "needle_keys-2_queries-2_7.json").read_text())
+    assert stored == json.loads(json.dumps(results))
+    assert stored["results"]["needle_keys-2_queries-2"]["acc,none"] == results["accuracy"]
+    assert stored["n-samples"]["needle_keys-2_queries-2"]["effective"] == len(right) == 2 * 3 * 2 * 2
+    for by in results["by"].values():
+        assert sum(one["answers"] for one in by.values()) == len(right)
+        total = sum(one["answers"] * one["accuracy"] for one in by.values())
+        assert total / len(right) == pytest.approx(results["accuracy"])
+    metric = Metric("eval/needle_keys-2_queries-2/by/length/260/accuracy")
+    assert read_metric(metric, run, 7) == results["by"]["length"]["260"]["accuracy"]
+
+
+def test_the_command_on_an_exported_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It has no held-out text of its own, and any file will do."""
+    from models.hf import export_run
+
+    plain = write_run(tmp_path / "plain", tiny_model({"blocks": {"only": LLAMA}}))
+    export_run(plain, tmp_path / "exported")
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["--lengths", "160, 200", "--depths", "2", "--samples", "1", "--choices", "2"]
+    assert needle.main([str(tmp_path / "exported"), *words, "--text", str(tmp_path / "text.txt")]) == 0
+    said = capsys.readouterr().out
+    assert "| needle_choices-2: tokens | depth 0% | depth 100% |" in said
+    assert "over 4 questions: accuracy " in said
+    assert "guessing: 0.5000" in said
+    assert needle.main([str(tmp_path / "exported"), *words]) == 2
+    assert "no data.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "a"], "expected numbers with commas between them, got 'a'"),
+        (["--lengths", "60"], "lengths: needles and questions alone are "),
+        (["--lengths", "200000"], "tokens, and the longest row 200000"),
+        (["--depths", "0"], "--depths must be at least 1"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--choices", "1"], "values must lie between 1 and 0, got 1"),
+        (["--values", "4"], "values must lie between 1 and 3, got 4"),
+        (["--queries", "2"], "queries must lie between 1 and 1, got 2"),
+        (["--keys", "33"], "keys must lie between 1 and 32, got 33"),
+        (["--text", "nowhere.txt"], "cannot read 'nowhere.txt'"),
+    ],
+)
+def test_refused(run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str):
+    assert needle.main([str(run), *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_learned_positions_end(tmp_path: Path):
+    run = open_run(write_run(tmp_path / "run", tiny_model(LEARNED)), "cpu")
+    with pytest.raises(UserError, match="lengths: 32 is longer than the learned positions, 24"):
+        needle.evaluate(run, [16, 32])
