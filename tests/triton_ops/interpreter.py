@@ -2,7 +2,8 @@
 
 It keeps bf16 as raw uint16 and computes with those integers: sums and products are nonsense without an error, and casts from fp32
 cut instead of rounding to even. ``install`` makes loads, casts, arithmetic and dots exact, lets reductions and atomics of bf16
-raise (kernels work in fp32 right after a load, so these are mistakes), and lets triton 3.6 live with numpy 2.4 and later.
+raise (kernels work in fp32 right after a load, so these are mistakes), lets triton 3.6 live with numpy 2.4 and later, and scans
+row by row instead of number by number, which takes minutes.
 """
 
 from __future__ import annotations
@@ -78,9 +79,25 @@ def install() -> None:
     scans = interpreter.ReduceScanOpInterface
     scans.apply = refusing(scans.apply, "a reduction or scan")
     builder.create_atomic_rmw = refusing(builder.create_atomic_rmw, "an atomic")
+    interpreter.ScanOps.generic_scan = _scan_by_rows
 
     if triton.__version__.startswith("3.6"):
         _let_one_element_be_an_index(interpreter)
+
+
+def _scan_by_rows(self: Any, inputs: Any) -> Any:
+    """In place of ``ScanOps.generic_scan``: the same function of two numbers, applied to all numbers of a row at once."""
+    rows = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+    results = [np.empty_like(x) for x in rows]
+    now: tuple[Any, ...] = ()
+    for i in range(len(rows[0])):
+        row = tuple(self.to_tensor(x[i], given.dtype) for x, given in zip(rows, inputs, strict=True))
+        now = self.combine_fn.fn(*now, *row) if now else row
+        now = now if isinstance(now, tuple) else (now,)
+        for result, x in zip(results, now, strict=True):
+            result[i] = x.handle.data
+    whole = (np.moveaxis(x, 0, self.axis) for x in results)
+    return [self.to_tensor(x, given.dtype) for x, given in zip(whole, inputs, strict=True)]
 
 
 def round_to_bf16(data: np.ndarray) -> np.ndarray:
