@@ -78,46 +78,42 @@ class PathStar(Task):
     @property
     def paths(self) -> np.ndarray:
         """int64 [degree, length]: the ids of each arm's nodes, from the root to the leaf."""
-        return _paths(self.degree, self.length, self.vocab_size - FIRST_NODE, self.graph_seed)
+        return _graph(self.degree, self.length, self.vocab_size - FIRST_NODE, self.graph_seed)
 
     def candidates(self, dice: Dice, seq_len: int, split: str) -> tuple[Rows, np.ndarray]:
         """Edges of any arm and paths of the split's own."""
         share = {"mixed": self.edges, "edges": 1.0, "paths": 0.0}[self.recipe]
         is_edge = dice.uniform(1) < share  # [R, 1]
-        edge, path = self._edges(dice), self._paths(dice, split)
         width = max(seq_len, self.length + 2)
-        tokens, targets, part = (np.zeros((len(is_edge), width), dtype=np.int64) for _ in range(3))
-        for whole, few, many in zip((tokens, targets, part), edge, path):
-            whole[:, : many.shape[1]] = many
-            whole[is_edge[:, 0]] = 0
-            whole[is_edge[:, 0], :2] = few[is_edge[:, 0]]
-        tokens, targets, part = tokens[:, :seq_len], targets[:, :seq_len], part[:, :seq_len]
-        found = Rows(tokens, targets, targets > 0, {"part": part}, tokens[:, :2].copy())
-        return found, np.full(len(tokens), True)
+        drawn = np.where(is_edge, self._edges(dice, width), self._paths(dice, width, split))
+        tokens, targets, part = drawn[:, :, :seq_len]
+        return Rows(tokens, targets, targets > 0, {"part": part}, tokens[:, :2].copy()), np.full(len(tokens), True)
 
-    def _edges(self, dice: Dice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, targets and parts [R, 2] of an edge each: all inward ones, and the outward ones but those of the root."""
+    def _edges(self, dice: Dice, width: int) -> np.ndarray:
+        """int64 [3, R, width], tokens, targets and parts of an edge each: any inward one, or an outward one not of the root."""
         arm, number = dice.below(np.array([self.degree, 2 * self.length - 3]), 2).T
         inward = number < self.length - 1
         near = np.where(inward, number, number - self.length + 2)  # of the two nodes, counted from the root
         ends = self.paths[arm, near], self.paths[arm, near + 1]
-        given, asked = np.where(inward, ends[::-1], ends)
-        nothing = np.zeros_like(arm)
-        tokens = np.stack([np.where(inward, IN, OUT), given], axis=1)
-        return tokens, np.stack([nothing, asked], axis=1), np.stack([nothing, inward.astype(np.int64)], axis=1)
+        found = np.zeros((3, len(arm), width), dtype=np.int64)
+        found[0, :, 0] = np.where(inward, IN, OUT)
+        found[0, :, 1], found[1, :, 1] = np.where(inward, ends[::-1], ends)
+        found[2, :, 1] = inward
+        return found
 
-    def _paths(self, dice: Dice, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, targets and parts [R, length + 2] of a path each."""
+    def _paths(self, dice: Dice, width: int, split: str) -> np.ndarray:
+        """The same of a path each, one of the split's."""
         low, high = (0, self.trained) if split == "train" else (self.trained, self.degree)
         path = self.paths[low + dice.below(high - low, 1)[:, 0]]
-        marks = np.broadcast_to([PATH, 0, PAUSE], (len(path), 3)).copy()
-        marks[:, 1] = path[:, -1]
-        targets = np.concatenate([np.zeros_like(path[:, :2]), path], axis=1)
+        end = self.length + 2
+        found = np.zeros((3, len(path), width), dtype=np.int64)
+        found[0, :, 0], found[0, :, 1], found[0, :, 2] = PATH, path[:, -1], PAUSE
+        found[0, :, 3:end] = path[:, :-1]
+        found[1, :, 2:end] = path
+        found[2, :, 2:end] = [2, 3, *[4] * (self.length - 2)]
         if self.answers == "first":
-            targets[:, np.arange(self.length + 2) != FIRST] = 0
-        part = np.zeros(self.length + 2, dtype=np.int64)
-        part[2:] = [2, 3, *[4] * (self.length - 2)]
-        return np.concatenate([marks, path[:, :-1]], axis=1), targets, np.where(targets > 0, part, 0)
+            found[1:, :, np.arange(width) != FIRST] = 0
+        return found
 
     def slices(self, seq_len: int) -> dict[str, tuple[str, ...]]:
         """Edges outward and inward; of a path the root, which is always the same, the first node behind it, and the rest."""
@@ -154,9 +150,8 @@ class PathStar(Task):
 
 
 @cache
-def _paths(degree: int, length: int, ids: int, seed: int) -> np.ndarray:
+def _graph(degree: int, length: int, ids: int, seed: int) -> np.ndarray:
     nodes = degree * (length - 1) + 1
-    drawn = (
-        Dice(np.zeros(1, dtype=np.int64), seed, _GRAPH).shuffled(ids, nodes)[0, :nodes].astype(np.int64) + FIRST_NODE
-    )
+    order = Dice(np.zeros(1, dtype=np.int64), seed, _GRAPH).shuffled(ids, nodes)[0, :nodes]
+    drawn = order.astype(np.int64) + FIRST_NODE
     return np.concatenate([np.full((degree, 1), drawn[0]), drawn[1:].reshape(degree, length - 1)], axis=1)
