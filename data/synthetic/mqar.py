@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.errors import DataError, at_least, choose
+from data.errors import DataError, choose
 from data.synthetic.dice import Dice
+from data.synthetic.layout import Several, at_most, check_several, option, several
 from data.synthetic.task import NO_ANSWER, Rows, Task
 
 FILLERS = ("constant", "random")
@@ -28,21 +29,18 @@ class MQAR(Task):
     """
 
     kind: str = "mqar"
-    pairs: tuple[int, ...] | int = 8
+    pairs: Several = 8
     # The chance of a slot falls as n^(power - 1) with its number n behind the pairs. 0.01 is the published choice: most
     # queries come early. 1: uniform.
     power: float = 0.01
     # "random": any tokens but the row's own keys; the published one may also repeat those, before or after they are asked for.
     filler: str = "constant"
-    lead: tuple[int, ...] | int = 0  # filler places before the pairs
+    lead: Several = 0  # filler places before the pairs
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("pairs", 1), ("lead", 0)):
-            if not _several(getattr(self, name)):
-                raise DataError(f"data.synthetic.{name} is an empty list")
-            for value in _several(getattr(self, name)):
-                at_least(f"data.synthetic.{name}", value, low)
+        check_several("pairs", self.pairs, 1)
+        check_several("lead", self.lead, 0)
         choose("data.synthetic.filler", self.filler, FILLERS)
         if not 0 < self.power < float("inf"):
             raise DataError(f"data.synthetic.power must be a positive number, got {self.power!r}")
@@ -55,7 +53,7 @@ class MQAR(Task):
     @property
     def most(self) -> int:
         """Pairs of the fullest row."""
-        return max(_several(self.pairs))
+        return max(several(self.pairs))
 
     @property
     def keys(self) -> int:
@@ -64,16 +62,16 @@ class MQAR(Task):
 
     def check(self, seq_len: int) -> None:
         """Two places for every pair and two for every query."""
-        need = 4 * self.most + max(_several(self.lead))
+        need = 4 * self.most + max(several(self.lead))
         if seq_len < need:
             raise DataError(
-                f"data.seq_len={seq_len} is too short for {self.most} pairs after {max(_several(self.lead))} places of lead; "
+                f"data.seq_len={seq_len} is too short for {self.most} pairs after {max(several(self.lead))} places of lead; "
                 f"they need {need}"
             )
 
     def draw(self, dice: Dice, seq_len: int) -> Rows:
         """Row by row: how many pairs, which keys and values, in which slots they are asked for. P pairs at most."""
-        pairs, lead = dice.choice(_several(self.pairs)), dice.choice(_several(self.lead))
+        pairs, lead = dice.choice(several(self.pairs)), dice.choice(several(self.lead))
         first_value = self.vocab_size // 2
         keys = dice.shuffled(self.keys, self.most)
         asks = keys[:, : self.most] + 1
@@ -97,9 +95,8 @@ class MQAR(Task):
             tokens = self._filled(dice, tokens, keys, pairs)
         targets = spread((asked, values))
         mask = targets > 0
-        many = (pairs[:, None] == np.array(_several(self.pairs))).argmax(axis=1)
         slices = {
-            "pairs": np.where(mask, many[:, None], 0),
+            "pairs": np.where(mask, option(self.pairs, pairs)[:, None], 0),
             "distance": np.where(
                 mask, np.frexp(spread((asked, asked - place)))[1].astype(np.int64) - 2, 0
             ),  # floor(log2) - 1
@@ -108,7 +105,7 @@ class MQAR(Task):
 
     def _slots(self, dice: Dice, pairs: np.ndarray, room: np.ndarray, seq_len: int) -> np.ndarray:
         """int64 [R, P]: distinct slots below `room` [R, 1], one for each pair of a row; which pair gets which is left to chance."""
-        most = (seq_len - min(_several(self.lead)) - 2 * min(_several(self.pairs))) // 2
+        most = (seq_len - min(several(self.lead)) - 2 * min(several(self.pairs))) // 2
         number = np.arange(1, most + 1)
         drawn = dice.weighted(np.where(number <= room, number ** (self.power - 1), 0.0), self.most)
         held = np.arange(self.most) < pairs[:, None]
@@ -128,7 +125,7 @@ class MQAR(Task):
         """By pairs of the row, and by places between a key and the question for it, in powers of two."""
         longest = (seq_len - 2).bit_length()
         distance = tuple(f"{1 << n}-{(2 << n) - 1}" for n in range(1, longest))
-        return {"pairs": tuple(str(n) for n in _several(self.pairs)), "distance": distance}
+        return {"pairs": tuple(str(n) for n in several(self.pairs)), "distance": distance}
 
     def solve(self, tokens: np.ndarray) -> np.ndarray:
         """By a dictionary: what followed a key when it was first seen."""
@@ -143,15 +140,9 @@ class MQAR(Task):
 
     def guess(self) -> float:
         """Any value of the row."""
-        options = _several(self.pairs)
+        options = several(self.pairs)
         return sum(1 / n for n in options) / len(options)
 
     def tiny(self) -> "MQAR":
         """At most four pairs."""
-        pairs = tuple(dict.fromkeys(min(n, 4) for n in _several(self.pairs)))
-        lead = tuple(dict.fromkeys(min(n, 8) for n in _several(self.lead)))
-        return replace(self, pairs=pairs, lead=lead)
-
-
-def _several(value: tuple[int, ...] | int) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
+        return replace(self, pairs=at_most(self.pairs, 4), lead=at_most(self.lead, 8))
