@@ -28,7 +28,7 @@ import torch
 from configs import schema
 from configs.schema import RunConfig
 from data import Corpus, Loader, Stream, Synthetic, open_corpus, prepare
-from eval import recall
+from eval import recall, suites
 from eval.generate import sample_text
 from eval.validation import sentence, validate
 from models import LM, Batch, UserError, build, zoo
@@ -162,6 +162,10 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
                 if log:
                     log.write(done, {"val": found})
                     log.say(f"step {done}: {sentence(found)}")
+            if cfg.eval.suites and (done % (cfg.eval.suite_every or -(-t.steps // 20)) == 0 or last):
+                asked = suites.during(model, cfg.eval.suites, cfg.eval.suite_rows, autocast, w)
+                if log:
+                    log.write(done, {"suite": asked})
             wanted = t.sample_every >= 0 and (done % t.every("sample_every") == 0 or last)
             if wanted and data.tokenizer is not None:
                 with serving(model.tables()):
@@ -297,6 +301,8 @@ def check_judge(cfg: RunConfig) -> None:
     """Raise UserError now for what `judge` could not do when the run ends."""
     for changes in cfg.eval.recall:
         recall.changed(cfg, changes.split())
+    for name in cfg.eval.suites:
+        suites.suite(name)
     if cfg.eval.length:
         from eval.length import check
 
@@ -316,6 +322,8 @@ def check_judge(cfg: RunConfig) -> None:
 
 def judge(cfg: RunConfig, folder: Path) -> None:
     """The last sample, and what the run's `eval` section asks for, on the finished run; of a synthetic task its accuracy."""
+    for name in cfg.eval.suites:
+        print(suites.table(suites.evaluate(folder, name, device=cfg.train.device)))
     if cfg.data.synthetic is not None:
         for changes in ("", *cfg.eval.recall):
             print(recall.table(recall.evaluate(folder, changes.split(), device=cfg.train.device)))

@@ -84,6 +84,15 @@ class EvalConfig:
     ] = ()  # other settings of a synthetic task, each as "data.KEY=VALUE ...", that the run is judged on too
     frequency: int = 0  # validation loss by how often the last so-many tokens were seen in training; 0: not
     length: tuple[int, ...] = ()  # context lengths at which long held-out documents are scored
+    suites: tuple[
+        str, ...
+    ] = ()  # suites of synthetic tasks (`eval.suites`), asked while the run trains and when it ends
+    suite_every: int = 0  # steps; 0: twenty times in a run
+    suite_rows: int = 512  # over all tasks of a suite, each time
+
+    def __post_init__(self) -> None:
+        if self.suite_every < 0 or self.suite_rows < 1:
+            raise UserError(f"eval.suite_every={self.suite_every} and eval.suite_rows={self.suite_rows} cannot be")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
-"""Judge a run on lm-eval tasks: ``python -m eval RUN --tasks a,b``."""
+"""Judge a run on lm-eval tasks and on suites: ``python -m eval RUN --tasks a,b --suite recall``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from models import UserError
+from eval.suites import ROWS, SUITES, evaluate, suite, table, trained_on_a_task
+from models import UserError, zoo
 from models.errors import guard
 
 EXAMPLE = """examples:
   python -m eval runs/quickstart --tasks corpus
   python -m eval runs/quickstart --tasks sciq,copa --limit 100 --batch-size 32
-  python -m eval runs/quickstart --suite smoke
+  python -m eval runs/quickstart --suite recall,long
+  python -m eval runs/quickstart --tasks corpus --suite recall
   python -m eval runs/quickstart --tasks my_task --include-path my_tasks/
 """
 
@@ -24,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tasks", help="names of lm-eval tasks, groups or globs, comma-separated; 'corpus': the run's own text"
     )
-    p.add_argument("--suite", help="a named set of tasks, instead of --tasks")
-    p.add_argument("--limit", type=float, help="items per task; below 1, a share of them")
+    p.add_argument("--suite", help=f"named sets of evaluations, comma-separated: {', '.join(SUITES)}")
+    p.add_argument("--limit", type=float, help="items per task of lm-eval; below 1, a share of them")
+    p.add_argument("--rows", type=int, default=ROWS, help="rows per synthetic task (default: %(default)s)")
     p.add_argument("--num-fewshot", type=int, help="examples in the prompt")
     p.add_argument(
         "--include-path", action="append", default=[], metavar="DIR", help="a folder with task YAMLs (repeatable)"
@@ -50,19 +53,36 @@ def parser() -> argparse.ArgumentParser:
 @guard
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if bool(args.tasks) == bool(args.suite):
-        raise UserError("give either --tasks or --suite")
+    suites, tasks = _words(args.suite), _words(args.tasks)
+    if not tasks and not suites:
+        raise UserError("give --tasks, --suite or both")
+    if args.rows < 1:
+        raise UserError(f"--rows must be at least 1, got {args.rows}")
+    of_text = [task for name in suites for task in suite(name).tasks]
+    if tasks or (of_text and not trained_on_a_task(args.run)):
+        _lm_eval(args, [*tasks, *of_text])
+    zoo.allow_foreign(args.allow_foreign)
+    for name in suites:
+        if suite(name).synthetic or suite(name).lengths:
+            print(f"\nsuite {name}: {suite(name).about}")
+            print(table(evaluate(args.run, name, rows=args.rows, device=args.device, dtype=args.dtype, step=args.step)))
+    return 0
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _lm_eval(args: argparse.Namespace, tasks: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from eval.judge import evaluate, print_table
     from eval.run import open_run
-    from eval.suites import suite
 
-    tasks = suite(args.suite) if args.suite else [t.strip() for t in args.tasks.split(",") if t.strip()]
     run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress, args.tables)
     results = evaluate(
         run,
         tasks,
-        name=args.suite,
+        name=args.suite if not args.tasks else None,
         limit=int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit,
         num_fewshot=args.num_fewshot,
         include_path=args.include_path,
@@ -74,7 +94,6 @@ def main(argv: list[str] | None = None) -> int:
         log_samples=args.log_samples,
     )
     print_table(results)
-    return 0
 
 
 def _batch_size(text: str) -> int | str:

@@ -1,17 +1,218 @@
-"""Named sets of evaluations."""
+"""Named sets of evaluations, and what one costs a run: lm-eval tasks, long contexts and needles on runs of text; synthetic tasks of
+any run, also of one that was never trained on them, with all the ids that its model has."""
 
 from __future__ import annotations
 
-from models import UserError
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data import DataConfig, DataError
+from data.synthetic.feed import Synthetic
+from eval import length, needle, recall
+from eval.run import LoadedRun, open_run, pick_device, pick_dtype
+from eval.tables import markdown
+from models import LM, UserError
 from models.errors import nearest
+from models.folder import load_model, run_config
+from models.parsing import from_dict
+from training.parallel import World
+from training.runfolder import write_whole
 
-SUITES: dict[str, list[str]] = {
-    "smoke": ["corpus"],
+ROWS = 512  # of each synthetic task, after the fact
+Task = tuple[int, Mapping[str, Any]]  # length of a row, and data.synthetic
+
+
+@dataclass(frozen=True)
+class Suite:
+    """``tasks`` are lm-eval's; ``lengths`` those of `eval.length`, ``needles`` of `eval.needle`, in tokens, as far as the run's
+    held-out documents reach. These three are of text. ``synthetic``: by name."""
+
+    about: str
+    tasks: tuple[str, ...] = ()
+    synthetic: Mapping[str, Task] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    needles: tuple[int, ...] = ()
+
+
+SUITES: dict[str, Suite] = {
+    "smoke": Suite("the run's own text, and one repetition", ("corpus",), {"induction": (64, {"kind": "induction"})}),
+    "recall": Suite(
+        "finds again what stands in the context",
+        synthetic={
+            "induction": (64, {"kind": "induction"}),
+            "copying": (64, {"kind": "copying", "span": [4, 8, 16]}),
+            "selective_copying": (64, {"kind": "selective_copying", "span": [4, 8]}),
+            "mqar": (64, {"kind": "mqar", "pairs": [2, 4, 8], "power": 1.0}),
+            "needle": (64, {"kind": "needle"}),
+            "variable_tracking": (64, {"kind": "variable_tracking", "hops": [1, 2]}),
+        },
+    ),
+    "long": Suite(
+        "makes use of what lies far back",
+        lengths=(256, 1024, 4096),
+        needles=(512, 2048),
+        synthetic={
+            "mqar": (1024, {"kind": "mqar", "pairs": 8, "power": 1.0}),
+            "induction": (1024, {"kind": "induction"}),
+            "needle": (1024, {"kind": "needle"}),
+            "needles": (1024, {"kind": "needle", "keys": 4, "queries": 2}),
+        },
+    ),
+    "memory": Suite(
+        "keeps track of a state, and counts",
+        synthetic={
+            "flip_flop": (128, {"kind": "flip_flop"}),
+            "counter": (128, {"kind": "word_problem", "group": "Z5"}),
+            "S5": (128, {"kind": "word_problem", "group": "S5"}),
+            "listops": (64, {"kind": "listops"}),
+            "common_words": (128, {"kind": "common_words"}),
+            "frequent_words": (128, {"kind": "frequent_words"}),
+        },
+    ),
 }
+FIXED = ("flip_flop", "word_problem", "listops")  # their ids have meanings of their own; the others take what there is
 
 
-def suite(name: str) -> list[str]:
-    """The tasks of a suite; UserError names the nearest for an unknown one."""
+def suite(name: str) -> Suite:
+    """UserError names the nearest for an unknown one."""
     if name not in SUITES:
         raise UserError(f"unknown suite '{name}'{nearest(name, SUITES)}")
     return SUITES[name]
+
+
+# -- synthetic tasks of any model
+
+
+def ask(
+    model: LM,
+    name: str,
+    rows: int,
+    autocast: Callable[[], Any] = nullcontext,
+    w: World | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Every synthetic task of a suite, ``rows`` validation rows of each, the same ones every time -> by name `recall.measure` with
+    ``guess``; ``{"skipped": why}`` of a task that the model has too few ids for. The model is in eval mode."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in tqdm(suite(name).synthetic, f"suite {name}", leave=False, disable=None if progress else True):
+        try:
+            data = feed(model.cfg.vocab_size, *suite(name).synthetic[task])
+        except DataError as error:
+            found[task] = {"skipped": str(error)}
+            continue
+        size = (1, 0) if w is None else (w.size, w.rank)
+        batch = max(1, min(-(-rows // size[0]), recall.BATCH_TOKENS // data.seq_len))
+        measured = recall.measure(model, data, data.once(rows, batch, size[1], size[0]), autocast, w)
+        found[task] = {**measured, "guess": data.task.guess()}
+    return found
+
+
+def feed(vocab_size: int, seq_len: int, settings: Mapping[str, Any]) -> Synthetic:
+    """A task with all the ids of a model. Raises DataError where these are too few."""
+    raw = dict(settings) if settings["kind"] in FIXED else {**settings, "vocab_size": vocab_size}
+    cfg = from_dict(DataConfig, {"seq_len": seq_len, "synthetic": raw})
+    data = Synthetic(cfg)
+    if data.vocab_size > vocab_size:
+        raise DataError(f"the task has {data.vocab_size} ids, the model only {vocab_size}")
+    return data
+
+
+# -- while a run trains
+
+
+def during(
+    model: LM, names: Sequence[str], rows: int, autocast: Callable[[], Any] = nullcontext, w: World | None = None
+) -> dict[str, dict[str, float]]:
+    """Accuracy by task of each suite, ``rows`` over all tasks of one -> plain numbers. The model comes back in training mode."""
+    model.eval()
+    found = {}
+    for name in names:
+        each = -(-rows // max(1, len(suite(name).synthetic)))
+        measured = ask(model, name, each, autocast, w)
+        found[name] = {task: one["accuracy"] for task, one in measured.items() if "accuracy" in one}
+    model.train()
+    return found
+
+
+# -- when it is finished
+
+
+def evaluate(
+    path: Path | str,
+    name: str,
+    *,
+    rows: int = ROWS,
+    device: str = "auto",
+    dtype: str | None = None,
+    step: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """A suite but for its lm-eval tasks, on a run of any kind or an exported model -> results laid out as lm-eval's and written to
+    ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. Raises UserError."""
+    wanted = suite(name)
+    model, run, at = open_any(path, device, dtype, step)
+    asked = ask(model, name, rows, progress=progress)
+    results: dict[str, Any] = {"results": {}, "n-samples": {}, "config": {"step": at, "suite": name}, "tasks": asked}
+    for task, one in asked.items():
+        if "accuracy" in one:
+            label = f"{name}.{task}"
+            results["results"][label] = {"alias": label, "acc,none": one["accuracy"], "nll,none": one["loss"]}
+            results["n-samples"][label] = {"original": rows, "effective": rows}
+    if run is not None:
+        for module, lengths in ((length, wanted.lengths), (needle, wanted.needles)):
+            if lengths:
+                _of_text(results, name, module, run, lengths)
+    target = Path(path) / "eval" / f"suite-{re.sub(r'[^a-z]+', '-', name)}_{at}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def open_any(path: Path | str, device: str, dtype: str | None, step: int | None) -> tuple[LM, LoadedRun | None, int]:
+    """-> (model in eval mode, the run with its tokenizer where it was trained on text, step)."""
+    if not trained_on_a_task(path):
+        run = open_run(path, device, dtype, step)
+        return run.model, run, run.step
+    model, folder = load_model(Path(path), pick_device(device), pick_dtype(dtype), step=step)
+    return model, None, int(folder.name.removeprefix("step_"))
+
+
+def trained_on_a_task(path: Path | str) -> bool:
+    """Whether a run knows no text. Raises UserError for what is no run."""
+    path = Path(path)
+    exported = (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+    return not exported and bool((run_config(path).get("data") or {}).get("synthetic"))
+
+
+def _of_text(results: dict[str, Any], name: str, module: Any, run: LoadedRun, lengths: Sequence[int]) -> None:
+    """Add what `eval.length` or `eval.needle` finds; a text that is too short for it is said and passed over."""
+    label = module.__name__.rpartition(".")[2]
+    try:
+        found = module.evaluate(run, lengths)
+    except UserError as error:
+        results["tasks"][f"text {label}"] = {"skipped": str(error)}
+        return
+    for task, metrics in found["results"].items():
+        key = f"{name}.text_{task}"
+        results["results"][key] = {**metrics, "alias": key}
+        results["n-samples"][key] = found["n-samples"][task]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every task: its accuracy or loss, beside what guessing gives; below it what was left out, and why."""
+    name, tasks, rows = results["config"]["suite"], results["tasks"], []
+    for label, metrics in results["results"].items():
+        guess = tasks.get(label.removeprefix(f"{name}."), {}).get("guess")
+        for metric in [m for m in metrics if m != "alias" and (guess is None or m == "acc,none")]:
+            rows.append(
+                (label, metric.partition(",")[0], metrics[metric], guess, results["n-samples"][label]["effective"])
+            )
+    said = [f"{name}.{task} was left out: {one['skipped']}" for task, one in tasks.items() if "skipped" in one]
+    return "\n".join([markdown(("task", "metric", "value", "guessing", "rows"), rows), *said])

@@ -1,0 +1,132 @@
+"""Suites: asked of a run of text and of a run on a task, while it trains and afterwards, with one set of figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from configs import schema
+from configs.question import Metric
+from eval import recall, suites
+from eval.__main__ import main
+from eval.ablation import read_metric
+from models import UserError
+from tests.runs import PLAIN, metrics, one_error, train, write_config
+
+TASKS = ("induction", "copying", "selective_copying", "mqar", "needle", "variable_tracking")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of text that was asked the recall suite twice while it trained, and once at its end."""
+    folder = tmp_path_factory.mktemp("suites")
+    return train(write_config(folder, PLAIN, eval={"suites": ["recall"], "suite_every": 7, "suite_rows": 20})).run
+
+
+@pytest.fixture(scope="module")
+def on_a_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_config(tmp_path_factory.mktemp("suites"))
+    raw = yaml.safe_load(path.read_text())
+    raw["data"] = {"synthetic": {"kind": "mqar", "vocab_size": 34}, "seq_len": 32}
+    path.write_text(yaml.safe_dump(raw))
+    return train(path).run
+
+
+def test_asked_while_it_trains(trained: Path):
+    asked = [(line["step"], line["suite"]["recall"]) for line in metrics(trained) if "suite" in line]
+    assert [step for step, _ in asked] == [7, 12]
+    assert tuple(asked[-1][1]) == TASKS
+    assert all(0 <= value <= 1 for _, found in asked for value in found.values())
+
+
+def test_the_same_figures_afterwards(trained: Path):
+    """Of the same rows; and a run's last figures are metrics of an ablation."""
+    model, run, step = suites.open_any(trained, "cpu", None, None)
+    assert run is not None
+    assert step == 12
+    during = suites.during(model, ["recall"], 20)["recall"]
+    (logged,) = [line["suite"]["recall"] for line in metrics(trained) if "suite" in line and line["step"] == 12]
+    assert during == pytest.approx(logged, abs=1e-9)
+    stored = json.loads((trained / "eval" / "suite-recall_12.json").read_text())
+    for task in TASKS:
+        assert stored["results"][f"recall.{task}"]["acc,none"] == stored["tasks"][task]["accuracy"]
+        assert read_metric(Metric(f"eval/recall.{task}/acc"), trained, 12) == stored["tasks"][task]["accuracy"]
+
+
+def test_rows_are_those_of_the_task(trained: Path):
+    """What a suite says of a task is `eval.recall.measure` of it with all the ids of the model."""
+    model, _, _ = suites.open_any(trained, "cpu", None, None)
+    data = suites.feed(model.cfg.vocab_size, *suites.suite("recall").synthetic["mqar"])
+    assert data.vocab_size == model.cfg.vocab_size
+    model.eval()
+    found = recall.measure(model, data, data.once(10, 3))
+    assert suites.ask(model, "recall", 10)["mqar"]["accuracy"] == found["accuracy"]
+    assert found["answers"] == suites.ask(model, "recall", 10)["mqar"]["answers"]
+
+
+def test_asking_changes_nothing(trained: Path):
+    model, _, _ = suites.open_any(trained, "cpu", None, None)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.train()
+    suites.during(model, ["recall", "memory"], 12)
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_run_on_a_task(on_a_task: Path, capsys: pytest.CaptureFixture[str]):
+    """Without a tokenizer: no text is read, and tasks that it has too few ids for are named."""
+    assert main([str(on_a_task), "--suite", "smoke,memory", "--rows", "6", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "| smoke.induction" in said
+    assert "| memory.flip_flop" in said
+    assert "memory.S5 was left out: the task has 128 ids, the model only 34" in said
+    assert "corpus" not in said
+    assert (on_a_task / "eval" / "suite-memory_12.json").is_file()
+
+
+def test_tasks_and_suites_in_one_command(trained: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--tasks", "corpus_ppl", "--limit", "2", "--suite", "recall", "--rows", "6", "--device", "cpu"]
+    assert main([str(trained), *words]) == 0
+    said = capsys.readouterr().out
+    assert "| corpus_ppl" in said
+    assert said.index("| corpus_ppl") < said.index("suite recall: finds again") < said.index("| recall.mqar")
+
+
+def test_long_contexts_of_text(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """As far as the held-out documents reach; beyond, it is said."""
+    short = suites.Suite("short", synthetic={}, lengths=(16, 64), needles=(1 << 20,))
+    monkeypatch.setitem(suites.SUITES, "long", short)
+    found = suites.evaluate(trained, "long", device="cpu", progress=False)
+    assert {"loss_16,none", "loss_64,none"} <= set(found["results"]["long.text_length"])
+    assert "skipped" in found["tasks"]["text needle"]
+    assert "long.text needle was left out" in suites.table(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "recal"], "unknown suite 'recal'; did you mean 'recall'"),
+        (["--suite", "recall", "--rows", "0"], "--rows must be at least 1"),
+        ([], "give --tasks, --suite or both"),
+    ],
+)
+def test_refused(trained: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str):
+    assert main([str(trained), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_refused_before_training(trained: Path):
+    path = trained.parents[1] / "small.yaml"
+    one_error(train(path, "name=refused", "eval.suites=[recal]"), "unknown suite 'recal'; did you mean 'recall'")
+    with pytest.raises(UserError, match="suite_rows=0"):
+        schema.load(path, ["eval.suite_rows=0"])
+
+
+def test_every_suite_fits_a_byte_vocabulary():
+    for name, one in suites.SUITES.items():
+        for task, asked in one.synthetic.items():
+            assert suites.feed(257, *asked).task.guess() < 0.7, (name, task)
