@@ -15,6 +15,7 @@ MIXERS = {
     "linear_attention": "models.mixers.linear:LinearAttentionMixer",
     "retnet": "models.mixers.linear:RetNetMixer",
     "gla": "models.mixers.linear:GLAMixer",
+    "mamba": "models.mixers.mamba:Mamba",
     "mamba2": "models.mixers.linear:Mamba2Mixer",
     "delta": "models.mixers.linear:DeltaMixer",
     "gated_delta": "models.mixers.linear:GatedDeltaMixer",

@@ -94,6 +94,14 @@ CASES: dict[tuple[str, str], list[Case]] = {
             {"kind": "gla", "heads": 1, "value_heads": 2, "conv": 2, "gate": False, "temperature": 1},
         ),
     ],
+    ("mixer", "mamba"): [
+        _part("mixer", "mamba", {"kind": "mamba", "d_state": 4}),
+        _part(
+            "mixer",
+            "mamba-narrow",
+            {"kind": "mamba", "expand": 1, "d_state": 1, "conv": 1, "conv_bias": False, "dt_rank": 3},
+        ),
+    ],
     ("mixer", "mamba2"): [
         _part("mixer", "mamba2", {"kind": "mamba2", "head_dim": 8, "d_state": 6}),
         _part(
@@ -129,6 +137,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ],
     ("mixer", "bmojo"): [
         _bmojo("bmojo", _MAMBA2),
+        _bmojo("bmojo-mamba", {"kind": "mamba", "d_state": 4}),
         _bmojo("bmojo-gated-delta", {"kind": "gated_delta", "heads": 2}, window=4, m_f=2, kv_heads=1, dedup=False),
         _bmojo("bmojo-band", _MAMBA2, fading_mode="band", qk_norm=True, tie_fading=False, score="innov_cos"),
         _bmojo(

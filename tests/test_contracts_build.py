@@ -18,6 +18,7 @@ from models import Batch, meta_model, zoo
 from models import state as states
 from models.mixers import bmojo
 from models.mixers.attention import Attention
+from models.mixers.mamba import SelectiveStateSpace
 from models.mixers.pieces import ShortConv
 from models.mixers.rules import Rule
 from models.types import ParamMeta, count_params
@@ -36,6 +37,8 @@ from tests.tools import (
 )
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+FORMS = (Rule, ShortConv, SelectiveStateSpace)  # what ops compute, in whatever form
 
 
 def test_every_kind_has_a_case():
@@ -76,7 +79,7 @@ def test_cost_counts_the_flops(case: Case, monkeypatch: pytest.MonkeyPatch):
     def note(form: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows[form] = rows.get(form, 0) + args[0].shape[:2].numel()
 
-    forms = {f"LM.{name}": m for name, m in model.named_modules() if isinstance(m, (Rule, ShortConv))}
+    forms = {f"LM.{name}": m for name, m in model.named_modules() if isinstance(m, FORMS)}
     for form in forms.values():
         form.register_forward_pre_hook(note)
     counter, within = FlopCounterMode(display=False), []
@@ -106,10 +109,12 @@ def test_cost_counts_the_flops(case: Case, monkeypatch: pytest.MonkeyPatch):
     assert model.cost(T).flops_per_token * T == pytest.approx(expected, rel=case.flops_rtol)
 
 
-def row_flops(form: Rule | ShortConv) -> int:
+def row_flops(form: Rule | ShortConv | SelectiveStateSpace) -> int:
     """Of one row in the recurrent form: each product with the memory (or the filters) run once, and counted."""
     if isinstance(form, ShortConv):
         return 2 * form.weight.numel()
+    if isinstance(form, SelectiveStateSpace):  # a channel's value is one number
+        return 2 * 2 * form.init_state(1, "cpu", torch.float32).numel()
     state = form.init_state(1, "cpu", torch.float32)[0]  # [HV, K, V']
     key, value = state[:, :, :1], state[:, :1]
     with FlopCounterMode(display=False) as counter:

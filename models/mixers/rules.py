@@ -364,10 +364,16 @@ def step_size(logits: Tensor, bias: Tensor) -> Tensor:
 
 
 def reset_decay(a_log: Tensor, dt_bias: Tensor, a_range: tuple[float, float], generator: torch.Generator) -> None:
-    """A_log = log of U(a_range); dt_bias such that softplus(dt_bias) is log-uniform in DT_RANGE."""
+    """A_log = log of U(a_range); dt_bias as `reset_step_size`."""
     with torch.no_grad():
         uniform_(a_log, *a_range, generator)
         a_log.clamp_(min=DT_FLOOR).log_()  # U(0, 16) may draw a zero
+    reset_step_size(dt_bias, generator)
+
+
+def reset_step_size(dt_bias: Tensor, generator: torch.Generator) -> None:
+    """Such that softplus(dt_bias) is log-uniform in DT_RANGE."""
+    with torch.no_grad():
         uniform_(dt_bias, math.log(DT_RANGE[0]), math.log(DT_RANGE[1]), generator)
         dt = dt_bias.exp().clamp_(min=DT_FLOOR)
         dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
