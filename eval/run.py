@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model in eval mode with its tokenizer. ``config``: plain ``config.yaml`` of the run ({} if exported)."""
+    """A model in eval mode with its tokenizer; a run on a synthetic task has `Ids`. ``config``: plain ``config.yaml`` of the run
+    ({} if exported)."""
 
     model: LM
     tokenizer: Tokenizer
@@ -36,6 +38,30 @@ class LoadedRun:
         found = (self.config.get("data") or {}).get("seq_len")
         return int(found) if found else None
 
+    @property
+    def task(self) -> str | None:
+        """The kind of synthetic task that the run was trained on in place of text."""
+        return ((self.config.get("data") or {}).get("synthetic") or {}).get("kind")
+
+
+class Ids(Tokenizer):
+    """Shows the ids of a task as numbers; there is nothing to encode."""
+
+    kind = "ids"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.bos_id = self.eos_id = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f" {i}" for i in ids)
+
+    def token_text(self, token: int) -> str:
+        return str(token)
+
+    def json(self) -> str:
+        return f'{{"ids": {self.vocab_size}}}'
+
 
 def open_run(
     path: Path | str,
@@ -45,11 +71,13 @@ def open_run(
     allow_foreign: bool = False,
     progress: float | None = None,
     tables: str | None = None,
+    tasks: bool = False,
 ) -> LoadedRun:
     """The newest whole checkpoint of a run folder (or that of ``step``), or an exported Hugging Face folder.
 
     ``dtype`` defaults to that of the stored weights. ``progress`` in [0, 1]: as if training had come that far, for parts that follow
     it (a temperature); default: as far as it had. ``tables``: the kind of store of its tables (`models.folder.with_tables`).
+    ``tasks``: also a run that was trained on a synthetic task.
     Raises UserError or DataError, one line each, for anything that is missing, torn or does not fit together.
     """
     path = Path(path)
@@ -63,12 +91,12 @@ def open_run(
     else:
         config = run_config(path)
         task = (config.get("data") or {}).get("synthetic")
-        if task:
+        if task and not tasks:
             raise UserError(
                 f"{path}: trained on the task '{task.get('kind')}', which is no text; python -m eval.recall judges it"
             )
         model, folder = load_model(path, where, kind, step, tables)
-        tokenizer = load_tokenizer(path / "tokenizer")
+        tokenizer = Ids(model.cfg.vocab_size) if task else load_tokenizer(path / "tokenizer")
         found = int(folder.name.removeprefix("step_"))
         mark = sha256(folder / MANIFEST)
         run = LoadedRun(model, tokenizer, path, path.resolve().name, config, found, mark)

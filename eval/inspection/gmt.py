@@ -23,7 +23,7 @@ from eval.inspection.curves import curves
 from eval.inspection.gmt_hooks import Hopper, ablate, cells, changed, check, standard
 from eval.inspection.gmt_pictures import draw
 from eval.inspection.numbers import number, plain
-from eval.inspection.text import Text, read
+from eval.inspection.text import Text, mean_loss, read
 from eval.run import LoadedRun
 from eval.tables import markdown
 from kernels.gmt_cell import Hop
@@ -79,7 +79,7 @@ def observe(model: LM, text: Text) -> tuple[dict[int, Seen], float]:
             nll.append(losses)
             for watch in watches.values():
                 watch.keep(valid)
-    return {layer: watch.all() for layer, watch in watches.items()}, torch.cat(nll).mean().item()
+    return {layer: watch.all() for layer, watch in watches.items()}, mean_loss(text, nll)
 
 
 @dataclass

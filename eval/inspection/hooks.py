@@ -1,4 +1,4 @@
-"""What instruments share in changing a model from outside: methods of its parts are replaced for a while, and named in words."""
+"""What instruments share in changing a model from outside: attributes of its parts are replaced for a while, and named in words."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch import nn
-
 from models import UserError
 
-P = TypeVar("P", bound=nn.Module)
+P = TypeVar("P")
 
 
 @contextlib.contextmanager
 def changed(over: Iterable[P], method: str, change: Callable[[P, Any], Any]) -> Iterator[None]:
-    """Inside, this method of these parts is what ``change`` makes of the part and the method as it was. Of nested changes the
-    last made acts first."""
+    """Inside, this method (or option) of these parts is what ``change`` makes of the part and the method as it was. Of nested
+    changes the last made acts first."""
     before = [(part, vars(part).get(method)) for part in over]
     for part, _ in before:
         vars(part)[method] = change(part, getattr(part, method))
