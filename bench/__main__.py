@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode|context|tables|eval|recall [--out FILE]: ratios against peers in one run; bench readme.
+"""python -m bench kernels|train|decode|context|tables|eval|suites|recall [--out FILE]: ratios to peers in one run; bench readme.
 
 `bench kernels --compile-only` measures nothing: it compiles every kernel configuration, and exits with 1 if one fails the gate.
 """
@@ -27,6 +27,7 @@ from bench import (
     readme,
     recall,
     scans,
+    suites,
     tables,
     train,
 )
@@ -95,6 +96,11 @@ def run_eval(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, evaluation.table(rows)
 
 
+def run_suites(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    rows = [suites.measure(config, args.pairs, args.device) for config in args.shapes or suites.CONFIGS]
+    return rows, suites.table(rows)
+
+
 def run_recall(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     rows = [recall.summarize(run) for run in args.runs or ()]
     if not rows:
@@ -109,6 +115,7 @@ BENCHES = {
     "kernels": run_kernels,
     "tables": run_tables,
     "eval": run_eval,
+    "suites": run_suites,
     "recall": run_recall,
 }
 
@@ -121,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: python -m bench train --shapes 1M 8M --precisions fp32 --out bench/results/train-cpu.md",
     )
     parser.add_argument("what", choices=(*BENCHES, "readme"))
-    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="with context: mixers; default: all of this device")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME", help="with context: mixers, with suites: configs; default: all"
+    )
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--pairs", type=int, default=10)

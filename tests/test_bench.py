@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cells, context, floors, gpu_layers, gpu_memories, gpu_scans, kept_rows, kernels, scans, tables
+from bench import cells, context, floors, gpu_layers, gpu_memories, gpu_scans, kept_rows, kernels, scans, suites, tables
 from bench.floors import Floor, Peaks
 from bench.scans import SCANS, Shape
 
@@ -251,3 +251,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 7 + 2 + 6 + 1 + 4 + 5 + 2 + 2
     assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
     assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
+
+
+def test_cost_of_asking_a_suite():
+    """Twenty times asking, in steps, over the steps of the run."""
+    row = suites.measure("configs/mqar.yaml", 1, "cpu", rows=6)
+    assert row["layers"] == 2
+    assert row["share"] == pytest.approx(20 * row["steps_per_asking"] / row["steps"])
+    assert row["low"] <= row["share"] <= row["high"]
+    assert "| configs/mqar.yaml | 2 | 62,436 | 600 of 8,192 |" in suites.table([row])
