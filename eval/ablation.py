@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from configs import schema
 from configs.question import MIN_SEEDS, Metric, Question, other_setting, with_vocabulary
 from configs.schema import RunConfig
+from eval.history import read_metrics
 from eval.judge import result_rows
-from eval.report import read_metrics
 from eval.statistics import Comparison, compare
 from models.errors import UserError, nearest
 from models.lm import meta_model

@@ -16,7 +16,7 @@ import numpy as np
 from configs import schema
 from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Metric
 from eval.ablation import Answer, Costs, Line, run_name, verdict
-from eval.report import SMOOTH, read_metrics, smooth
+from eval.history import SMOOTH, read_metrics, smooth
 from eval.statistics import mean_and_sd
 from eval.tables import cell, markdown
 from models.errors import UserError

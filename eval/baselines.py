@@ -123,7 +123,7 @@ def run_baselines(run: Path | str, xz: bool = True) -> dict[str, Any]:
     """`baselines` on the corpus of a run, with the run's own last validation beside them; written to
     ``RUN/eval/baselines.json``."""
     from eval.corpus_tasks import documents, open_run_corpus
-    from eval.report import read_metrics
+    from eval.history import read_metrics
 
     run = Path(run)
     corpus = open_run_corpus(run)

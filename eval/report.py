@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from eval import run_page
+from eval.history import finite, plot, read_metrics
 from eval.judge import result_rows
 from eval.tables import markdown
 from models import UserError, model_config, zoo
@@ -21,38 +23,15 @@ from models.lm import meta_model
 from models.types import count_params
 
 COLUMNS = ("run", "params", "step", "tokens", "train loss", "val loss", "val ppl", "val bpb", "tokens/s")
-SMOOTH = 0.02  # of a curve's length: the width of the running mean over training losses
 WANTED = ("acc_norm", "acc", "exact_match", "bits_per_byte", "word_perplexity")  # at most the first two that a task has
-
-
-def read_metrics(run: Path | str) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a line that was torn at the end is left out.
-
-    After a resume the same steps may be logged again: the later lines replace the earlier ones.
-    """
-    path = Path(run) / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{run}: no metrics.jsonl, so there is nothing to report") from error
-    found: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            key = (record["step"], "val" in record)
-            found[key] = {**found.pop(key, {}), **record}
-    return sorted(found.values(), key=lambda r: (r["step"], "val" in r))
 
 
 def summary(run: Path | str) -> dict[str, Any]:
     """One row of the table, by column name, and ``eval``: {task/metric: value} of the newest step of each task."""
     run = Path(run)
     config = run_config(run)
-    metrics = read_metrics(run)
-    train = [m for m in metrics if _finite(m.get("loss"))]
+    metrics = logged(run, config)
+    train = [m for m in metrics if finite(m.get("loss"))]
     val = [m for m in metrics if "val" in m]
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"run": run.resolve().name, "params": _params(config)}
@@ -69,6 +48,13 @@ def summary(run: Path | str) -> dict[str, Any]:
         row["val bpb"] = val[-1]["val"].get("bpb")
     row["eval"] = eval_results(run)
     return row
+
+
+def logged(run: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; none of a model that was imported and never trained here."""
+    if config.get("imported_from") and not (run / "metrics.jsonl").exists():
+        return []
+    return read_metrics(run)
 
 
 def eval_results(run: Path) -> dict[str, float]:
@@ -100,8 +86,9 @@ def _params(config: dict[str, Any]) -> int | None:
 # -- files
 
 
-def report(runs: Sequence[Path | str], out: Path | str) -> str:
-    """Write ``report.md``, ``report.csv``, ``report.json`` and ``loss.png`` into ``out`` -> the Markdown table."""
+def report(runs: Sequence[Path | str], out: Path | str, inspections: Sequence[Path] = ()) -> str:
+    """Write ``report.md``, ``report.csv``, ``report.json``, ``loss.png`` and the pages of the runs (`pages`) into ``out``
+    -> the Markdown table. ``inspections``: folders that `eval.inspect` wrote, shown with the runs of their names."""
     rows = [summary(run) for run in runs]
     names = _distinct([Path(r) for r in runs])
     for row, name in zip(rows, names):
@@ -119,10 +106,18 @@ def report(runs: Sequence[Path | str], out: Path | str) -> str:
         (out / "report.md").write_text(f"{text}\n\n![loss](loss.png)\n", encoding="utf-8")
         (out / "report.csv").write_text(sheet.getvalue(), encoding="utf-8")
         (out / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        plot({name: read_metrics(run) for name, run in zip(names, runs)}, out / "loss.png")
+        plot({name: logged(Path(run), run_config(Path(run))) for name, run in zip(names, runs)}, out / "loss.png")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    for run, row, target in zip(runs, rows, pages(names, out), strict=True):
+        run_page.write(Path(run), row, target.parent, run_page.inspections_of(Path(run), inspections))
     return text
+
+
+def pages(names: Sequence[str], out: Path) -> list[Path]:
+    """Where the page of each run is written: ``report.html``, of several runs in a folder for each."""
+    folders = [out] if len(names) == 1 else [out / name.replace("/", "-") for name in names]
+    return [folder / run_page.NAME for folder in folders]
 
 
 def _distinct(runs: Sequence[Path]) -> list[str]:
@@ -134,81 +129,36 @@ def _distinct(runs: Sequence[Path]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centered running mean over ``width`` values [n] -> [n]; at the ends over what is there."""
-    half = width // 2
-    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
-
-
-def plot(metrics: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Loss against training tokens: the smoothed training curve and the validation points of every run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    ends: list[float] = []
-    for i, (name, records) in enumerate(metrics.items()):
-        color = f"C{i % 10}"
-        train = [(m.get("tokens", m["step"]), m["loss"]) for m in records if _finite(m.get("loss"))]
-        tokens_at = {m["step"]: m["tokens"] for m in records if "tokens" in m}
-        val = [
-            (m.get("tokens", tokens_at.get(m["step"], m["step"])), m["val"]["loss"])
-            for m in records
-            if _finite(m.get("val", {}).get("loss"))
-        ]
-        if train:
-            x, y = np.array(train, dtype=np.float64).T
-            mean = smooth(y, max(1, round(SMOOTH * len(y))))
-            if len(metrics) == 1:
-                axes.plot(x, y, color=color, alpha=0.2, linewidth=0.8)
-            axes.plot(x, mean, color=color, linewidth=1.4, label=f"{name}, training")
-            ends += [float(v) for v in mean[len(mean) // 20 :]]
-        if val:
-            x, y = np.array(val, dtype=np.float64).T
-            axes.plot(
-                x, y, color=color, linestyle="--", linewidth=0.8, marker="o", markersize=4, label=f"{name}, validation"
-            )
-            ends += [float(v) for v in y[1:]] or [float(y[0])]
-    if ends:  # the first steps fall from ln V and would flatten everything that follows
-        low, high = min(ends), max(ends)
-        margin = 0.05 * (high - low) or 0.1
-        axes.set_ylim(low - margin, high + margin)
-    axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if ends:
-        axes.legend(frameon=False, fontsize="small")
-    figure.savefig(str(path))
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
 @guard
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog="python -m eval.report",
-        description="Compare runs: a table (Markdown, CSV, JSON) and loss curves (PNG), from the run folders alone.",
+        description="Compare runs: a table (Markdown, CSV, JSON) and loss curves (PNG), from the run folders alone; and of each run "
+        "one page that stands alone: report.html, of several runs in a folder for each.",
         epilog="example: python -m eval.report runs/quickstart runs/other --out report",
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument(
+        "--inspection",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="what eval.inspect wrote, for the page of the run of its name (repeatable); RUN/inspection is always looked for",
+    )
     p.add_argument(
         "--allow-foreign", action="store_true", help="count parameters of parts from outside this repository"
     )
     args = p.parse_args(argv)
     if args.allow_foreign:
         zoo.allow_foreign()
-    print(report(args.runs, args.out))
-    print(f"\n{Path(args.out)}/: report.md, report.csv, report.json, loss.png")
+    for folder in args.inspection:
+        if not (folder / "inspect.json").is_file():
+            raise UserError(f"--inspection: no inspect.json in '{folder}'")
+    print(report(args.runs, args.out, args.inspection))
+    written = [p.relative_to(args.out) for p in pages(_distinct([Path(r) for r in args.runs]), Path(args.out))]
+    print(f"\n{Path(args.out)}/: report.md, report.csv, report.json, loss.png, {', '.join(map(str, written))}")
     return 0
 
 

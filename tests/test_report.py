@@ -11,6 +11,7 @@ import pytest
 
 from eval import baselines as counting
 from eval import report as reporting
+from eval.history import read_metrics, smooth
 from eval.tables import markdown
 from models import UserError
 from tests.test_eval_runs import LEARNED, add_corpus, tiny_model, write_run
@@ -86,13 +87,13 @@ def test_logged_again_after_a_resume_counts_once(tmp_path):
     path = write_run(tmp_path / "run", tiny_model(), [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}])
     with (path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 2, "loss": 7.0}\n{"step": 3, "loss": 6.0}\n{"step": 4, "lo')
-    assert [(m["step"], m["loss"]) for m in reporting.read_metrics(path)] == [(1, 9.0), (2, 7.0), (3, 6.0)]
+    assert [(m["step"], m["loss"]) for m in read_metrics(path)] == [(1, 9.0), (2, 7.0), (3, 6.0)]
 
 
 def test_smoothing_is_a_centered_mean():
     values = np.array([1.0, 2.0, 6.0, 3.0])
-    assert reporting.smooth(values, 1).tolist() == values.tolist()
-    assert reporting.smooth(values, 3).tolist() == [1.5, 3.0, 11 / 3, 4.5]
+    assert smooth(values, 1).tolist() == values.tolist()
+    assert smooth(values, 3).tolist() == [1.5, 3.0, 11 / 3, 4.5]
 
 
 def test_a_run_without_metrics_is_one_line(tmp_path, capsys):
