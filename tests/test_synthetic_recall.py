@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from data.synthetic.layout import distinct, others, scattered, shuffled_groups, 
 from data.synthetic.needle import Needle
 from data.synthetic.task import SPLITS, Rows, Task
 from data.synthetic.variables import VariableTracking
+from tests.runs import ROOT, metrics, train
 
 SEQ_LEN = 64
 VARIANTS: dict[str, Task] = {
@@ -421,6 +423,23 @@ def test_any_vocabulary_and_any_length(kind: str):
     assert time.process_time() - start < 2
     assert found.tokens.max() > 40_000
     assert np.array_equal(task.solve(found.tokens)[found.loss_mask], found.targets[found.loss_mask])
+
+
+# -- a model that is known to copy
+
+
+def test_attention_copies(tmp_path: Path):
+    """The shipped config, shrunk to a few seconds: two layers of attention copy three or four of eight symbols."""
+    words = [
+        "data.synthetic={kind: copying, vocab_size: 10, span: [3, 4]}",
+        "model.d_model=32",
+        "model.blocks.base.channel.hidden=64",
+        *("data.seq_len=8", "train.batch_size=32", "train.val_tokens=2048", "train.device=cpu", f"out_dir={tmp_path}"),
+        *("train.steps=150", "train.val_every=150", "train.save_every=150", "optim.warmup=10"),
+    ]
+    result = train(ROOT / "configs" / "recall.yaml", *words)
+    assert result.code == 0, result.err
+    assert metrics(result.run)[-1]["val"]["accuracy"] > 0.95
 
 
 # -- what tasks share (bounds of about five standard errors)
