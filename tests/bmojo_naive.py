@@ -12,6 +12,7 @@ from torch import Tensor
 from models.mixers.bmojo import BMojo
 from models.mixers.bmojo_config import BMojoConfig
 from models.mixers.linear import LinearMixer
+from models.mixers.mamba import Mamba
 from tests.linear_naive import by_the_paper, turned
 
 
@@ -69,9 +70,10 @@ class NaiveBMojo:
         replace those of the outputs."""
         cfg = self.cfg
         u = self.normed(x, "norm.weight")
-        assert isinstance(self.part.ssm, LinearMixer)
-        y = by_the_paper(self.part.ssm, u)
-        own = write_errors(self.part.ssm, u) if cfg.score == "delta" else self.scores(y)
+        ssm = self.part.ssm
+        assert isinstance(ssm, LinearMixer | Mamba)
+        y = by_the_paper(ssm, u)
+        own = write_errors(ssm, u) if cfg.score == "delta" and isinstance(ssm, LinearMixer) else self.scores(y)
         keys = keys_of(cfg, own if scores is None else scores.tolist())
         h = self.shifted(u)
         q, k, v = (h @ w.T for w in self.w["qkv.weight"].split(self.part.splits))

@@ -18,7 +18,7 @@ from tests.tools import Case
 
 MAMBA2 = {"kind": "mamba2", "head_dim": 4, "d_state": 3}
 DELTA = {"kind": "gated_delta", "heads": 2, "head_dim": 4}
-SSMS = {"mamba2": MAMBA2, "gated_delta": DELTA}
+SSMS = {"mamba": {"kind": "mamba", "d_state": 3}, "mamba2": MAMBA2, "gated_delta": DELTA}
 MODES = ("chunk", "point", "band", "self")
 
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)

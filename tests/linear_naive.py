@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.mixers.linear import LinearMixer
+from models.mixers.mamba import Mamba
+from models.mixers.pieces import ShortConv
 
 
-def by_the_paper(part: LinearMixer, h: Tensor) -> Tensor:
+def by_the_paper(part: LinearMixer | Mamba, h: Tensor) -> Tensor:
     """One sequence h [T, D], normed, in fp64 -> what the mixer adds: [T, D]. Loops over tokens and heads, no ops."""
+    if isinstance(part, Mamba):
+        return mamba_by_the_paper(part, h)
     heads, kind, cfg = part.heads, part.cfg.kind, part.cfg
     rule: Any = part.rule
     z = h @ part.project.weight.T
     qkv, gate, logits = z.split(part.widths, dim=-1)
     if part.conv is not None:
-        W = cfg.conv
-        before = F.pad(qkv, (0, 0, W - 1, 0))
-        filtered = torch.stack([before[i : i + len(h)] * part.conv.weight[:, i] for i in range(W)]).sum(0)
-        filtered = filtered if part.conv.bias is None else filtered + part.conv.bias
-        qkv = filtered * torch.sigmoid(filtered)
+        qkv = convolved(part.conv, qkv)
     q, k, v = heads.split(qkv)
     o = torch.zeros_like(v)
     for j in range(heads.value_heads):
@@ -57,6 +57,31 @@ def by_the_paper(part: LinearMixer, h: Tensor) -> Tensor:
                 S = S - beta * torch.outer(b, b @ S) + beta * torch.outer(b, x)
                 o[t, j] = a @ S / math.sqrt(heads.key)
     return normed(part, o, gate) @ part.out.weight.T
+
+
+def mamba_by_the_paper(part: Mamba, h: Tensor) -> Tensor:
+    """arXiv:2312.00752, algorithm 2 and figure 3: a loop over tokens and channels."""
+    u, gate = (h @ w.T for w in part.project.weight.chunk(2))
+    u = convolved(part.conv, u)
+    rank, N = part.dt.weight.shape[1], part.cfg.d_state
+    low, B, C = (u @ w.T for w in part.select.weight.split((rank, N, N)))
+    dt = torch.log1p(torch.exp(low @ part.dt.weight.T + part.dt.bias))
+    A, y = -torch.exp(part.ssm.A_log), torch.zeros_like(u)
+    for d in range(u.shape[1]):
+        x = h.new_zeros(N)
+        for t in range(len(h)):
+            x = torch.exp(dt[t, d] * A[d]) * x + dt[t, d] * B[t] * u[t, d]
+            y[t, d] = C[t] @ x + part.ssm.D[d] * u[t, d]
+    return (y * gate * torch.sigmoid(gate)) @ part.out.weight.T
+
+
+def convolved(conv: ShortConv, x: Tensor) -> Tensor:
+    """x [T, C]: each channel's own last W inputs, weighted, then SiLU."""
+    W = conv.weight.shape[1]
+    before = F.pad(x, (0, 0, W - 1, 0))
+    y = torch.stack([before[i : i + len(x)] * conv.weight[:, i] for i in range(W)]).sum(0)
+    y = y if conv.bias is None else y + conv.bias
+    return y * torch.sigmoid(y)
 
 
 def turned(x: Tensor, position: int, theta: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""Parameters of published shapes: Mixture-of-Memories, as the authors' and fla's own code counts them (arXiv:2502.13685), and the
-tables of Engram (arXiv:2601.07372)."""
+"""Parameters of published shapes: Mixture-of-Memories, as the authors' and fla's own code counts them (arXiv:2502.13685), Mamba
+(arXiv:2312.00752), and the tables of Engram (arXiv:2601.07372)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int, int]] = {  # config, changes, 
     "1.3B_tied": ("mom-1.6b-a1.4b", {"tied": True}, 1_552_883_904, 1_350_770_880),
     "baseline": ("gated-deltanet-340m", {}, 342_908_096, 342_908_096),
     "1.3B_baseline": ("gated-deltanet-1.2b", {}, 1_213_997_248, 1_213_997_248),  # 1.21B as released
+    "mamba": ("mamba-130m", {}, 129_135_360, 129_135_360),  # arXiv:2312.00752, "130M" in table 3
 }
 
 
