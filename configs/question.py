@@ -231,7 +231,7 @@ def _config(question: Question, variant: Variant, overrides: Sequence[str], to: 
         how = {"on": variant.on, "vary": variant.vary, "multiple_of": variant.multiple_of}
         equal = match(with_vocabulary(cfg), with_vocabulary(to), seq_len=cfg.data.seq_len, **how).config
         cfg = replace(cfg, model=replace(equal, vocab_size=cfg.model.vocab_size))
-    meta_model(replace(cfg.model, vocab_size=cfg.model.vocab_size or 2))  # refuses what does not fit together
+    meta_model(with_vocabulary(cfg))  # refuses what does not fit together
     return cfg
 
 
