@@ -51,6 +51,13 @@ def gla_floor(k: int, v: int, c: int) -> tuple[Floor, Floor]:
     return Floor(forward.flops, forward.bytes + 4 * (k - 1)), Floor(backward.flops, backward.bytes + 8 * (k - 1))
 
 
+def selective_floor(k: int, v: int, c: int) -> tuple[Floor, Floor]:
+    """Of V channels with states of K numbers each (arXiv:2312.00752, section 3.3): bytes alone. Nothing is a matrix product, B and C
+    are shared by all channels, and the K V exponentials run on other units (16 a cycle and multiprocessor on Hopper, which at K = 16
+    takes longer than the bytes do)."""
+    return Floor(0, 8 * v), Floor(0, 14 * v)
+
+
 def cell_floor(d: int, slots: int) -> tuple[Floor, Floor]:
     """Of one token in a memory cell with F slots (`kernels.gmt_cell`): 2 F keys and F values of width D and the hop between them."""
     flops = 2 * (3 * slots * d + slots * slots)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.floors import Floor, gated_delta_floor, gla_floor, scalar_decay_floor
+from bench.floors import Floor, gated_delta_floor, gla_floor, scalar_decay_floor, selective_floor
 from bench.kernels import Case
 from kernels.causal_conv1d import causal_conv1d
 from kernels.decay_linear_attention import decay_linear_attention
@@ -21,8 +21,10 @@ from kernels.gated_rms_norm import gated_rms_norm
 from kernels.gated_rms_norm import reference as gated_norm_reference
 from kernels.gla import gla
 from kernels.gla import reference as gla_reference
+from kernels.selective_scan import selective_scan
 
 RECURRENT_PAIRS = 3  # the definition takes seconds, and its ratio is far from 1
+STATE = 16  # numbers of a channel's state in Mamba
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,12 @@ class Scan:
     gates: Callable[[Shape, torch.device], tuple[Tensor, ...]]
     ours: Callable[..., Tensor]
     recurrent: Callable[..., Tensor]
-    peer: tuple[str, str]  # module and name in fla
+    peer: tuple[str, str] | None  # module and name in fla
     floor: Callable[[int, int, int], tuple[Floor, Floor]]  # (K, V, rows of a chunk) -> forward, backward
+    widths: tuple[int, ...] = (64, 128, 256)  # of heads, to be measured on an accelerator
+
+    def title(self, shape: Shape) -> str:
+        return str(shape)
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
         """Leaves; gates in fp32."""
@@ -58,6 +64,45 @@ class Scan:
         size = (shape.batch, shape.length, shape.heads, shape.width)
         qkv = [torch.randn(size, device=where, dtype=dtype) for _ in range(3)]
         return tuple(x.requires_grad_() for x in (*qkv, *self.gates(shape, where)))
+
+
+class Selective(Scan):
+    """Functions of (C, B [B, T, 1, N], u [B, T, H, V], delta, A [H V, N], D): a head is no more than V channels."""
+
+    def title(self, shape: Shape) -> str:
+        return f"{shape.batch}x{shape.length}x{shape.heads * shape.width}, N={STATE}"
+
+    def inputs(self, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+        rows, channels = (shape.batch, shape.length), (shape.heads, shape.width)
+        sizes = ((*rows, 1, STATE), (*rows, 1, STATE), (*rows, *channels))
+        found = [torch.randn(size, device=device, dtype=dtype) for size in sizes]
+        return tuple(x.requires_grad_() for x in (*found, *self.gates(shape, torch.device(device))))
+
+
+def _steps_and_rates(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
+    """As at initialisation: step sizes of 1e-3 to 1e-1, rates 1 to N, a skip of 1."""
+    steps = torch.exp(
+        -4.6 + 2.3 * torch.randn(shape.batch, shape.length, shape.heads, shape.width, device=device).tanh()
+    )
+    channels = shape.heads * shape.width
+    rates = -torch.arange(1.0, STATE + 1, device=device).repeat(channels, 1)
+    return steps, rates, torch.ones(channels, device=device)
+
+
+def _selective(c: Tensor, b: Tensor, u: Tensor, delta: Tensor, rates: Tensor, skip: Tensor) -> Tensor:
+    y, _ = selective_scan(u.flatten(2), delta.flatten(2), rates, b.squeeze(2), c.squeeze(2), skip)
+    return y.view_as(u)
+
+
+def _selective_by_tokens(c: Tensor, b: Tensor, u: Tensor, delta: Tensor, rates: Tensor, skip: Tensor) -> Tensor:
+    """Every token of all sequences in plain PyTorch, as one would write it down."""
+    flat, steps, outs = u.flatten(2), delta.flatten(2), []
+    state = steps.new_zeros(len(u), *rates.shape)
+    for t in range(u.shape[1]):
+        decay = torch.exp(steps[:, t, :, None] * rates)
+        state = decay * state + (steps[:, t] * flat[:, t])[:, :, None] * b[:, t]
+        outs.append((state @ c[:, t].mT).squeeze(2) + skip * flat[:, t])
+    return torch.stack(outs, 1).view(u.shape)
 
 
 def _log_decay(shape: Shape, device: torch.device, *more: int) -> Tensor:
@@ -90,6 +135,7 @@ SCANS = (
         ("fla.ops.gla", "chunk_gla"),
         gla_floor,
     ),
+    Selective("selective_scan", _steps_and_rates, _selective, _selective_by_tokens, None, selective_floor, (64,)),
 )
 
 
@@ -99,7 +145,7 @@ def cases(device: str, tiny: bool = False) -> list[Case]:
     found = [
         Case(
             scan.op,
-            str(shape),
+            scan.title(shape),
             scan.ours,
             scan.recurrent,
             scan.inputs(shape, torch.float32, device),
@@ -141,9 +187,11 @@ def plain_conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def fla_form(scan: Scan) -> Callable[..., Tensor] | None:
-    """The peer's function with the arguments of ours; None where fla is not installed."""
+    """The peer's function with the arguments of ours; None where fla is not installed, or has none."""
     import importlib
 
+    if scan.peer is None:
+        return None
     module, name = scan.peer
     try:
         function: Any = getattr(importlib.import_module(module), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ TINY = Shape(2, 70, 2, 16)
         (floors.gated_delta_floor, 256, 256, 32, (476, 2056), (1282, 4112)),
         (floors.scalar_decay_floor, 128, 64, 64, (57, 772), (147, 1544)),
         (floors.scalar_decay_floor, 128, 128, 64, (98, 1028), (246, 2056)),
+        (floors.selective_floor, 16, 64, 64, (0, 512), (0, 896)),
     ],
 )
 def test_floors(formula, k: int, v: int, c: int, forward: tuple[int, int], backward: tuple[int, int]):
@@ -76,12 +78,13 @@ def test_scans_beside_peers(scan: scans.Scan, monkeypatch: pytest.MonkeyPatch):
         assert [r["pass"] for r in rows] == ["forward", "forward + backward"]
         for row in rows:
             assert ("fla" in row["ratio"]) == (name == "right")
-            assert row["ratio"]["sdpa"] > 0
+            assert ("sdpa" in row["ratio"]) != isinstance(scan, scans.Selective)
+            assert all(ratio > 0 for ratio in row["ratio"].values())
             assert 0 < row["floor"] < 1
             assert row["wrong"] == ({"fla": pytest.approx(0.1, abs=0.02)} if name == "wrong" else {})
         assert ("wrong by 1.0e-01" in gpu_scans.table(rows)) == (name == "wrong")
         json.dumps(rows)
-    broken = scans.Scan(scan.op, scan.gates, lambda *x: scan.ours(*x) * 1.1, scan.recurrent, scan.peer, scan.floor)
+    broken = dataclasses.replace(scan, ours=lambda *x: scan.ours(*x) * 1.1)
     monkeypatch.setattr(gpu_scans, "compare", lambda *_: [0.1])
     with pytest.raises(RuntimeError, match="no speed is reported"):
         gpu_scans.measure(broken, TINY, LIMITS, "cpu", pairs=1)
