@@ -2,11 +2,12 @@
 
 B'MOJO (arXiv:2407.06324) against its parts on associative recall, at equal bytes of state: attention in a window alone, the fading
 memory alone, both as alternating layers, B'MOJO-F (window and fading outputs in one softmax), B'MOJO, and B'MOJO that keeps tokens
-by lot. All have a convolution of four taps before keys and queries. What has no eidetic tokens has a wider window, or a larger
-state, instead. Queries come anywhere behind the pairs (clustered ones hide the effect); those at a distance that no window reaches
-are also counted alone. Pairs come first in a row, so a memory that keeps the earliest tokens would do: every run is also judged,
-without further training, with filler before the pairs (lead 16 and 32): what depends on content stays, what depends on position
-falls. With random filler, which no surprise tells from a pair: data.synthetic.filler=random --out runs/bmojo_mqar_random.
+by lot. All have a convolution of four taps before keys and queries, but for the attention of one of the two hybrids: below it
+Mamba-2 has one already. What has no eidetic tokens has a wider window, or a larger state, instead. Queries come anywhere behind the
+pairs (clustered ones hide the effect); those at a distance that no window reaches are also counted alone. Pairs come first in a row,
+so a memory that keeps the earliest tokens would do: every run is also judged, without further training, with filler before the pairs
+(lead 16 and 32): what depends on content stays, what depends on position falls. With random filler, which no surprise tells from a
+pair: data.synthetic.filler=random --out runs/bmojo_mqar_random.
 """
 
 from configs.question import Curve, Question, Variant
@@ -21,6 +22,13 @@ def mixer(settings: str, vary: str) -> Variant:
     return Variant([f"model.blocks.base.mixer={settings}"], to="bmojo", on="state", vary=vary)
 
 
+def stacked(attention: str) -> Variant:
+    """Mamba-2 below, attention in a window above, as many bytes in both together."""
+    changes = [f"model.blocks.fading={{mixer: {MAMBA}, channel: {{kind: swiglu, hidden: 64}}}}"]
+    changes += [f"model.blocks.base.mixer={attention}", "model.pattern=[fading, base]"]
+    return Variant(changes, to="bmojo", on="state", vary="mixer.window")
+
+
 question = Question(
     base="configs/bmojo-mqar.yaml",
     variants={
@@ -29,16 +37,8 @@ question = Question(
         "bmojo_f": mixer(BMOJO % (0, "innov"), "mixer.window"),
         "window": mixer(ATTENTION, "mixer.window"),
         "fading": mixer(MAMBA, "mixer.d_state"),
-        "stacked": Variant(
-            [
-                f"model.blocks.fading={{mixer: {MAMBA}, channel: {{kind: swiglu, hidden: 64}}}}",
-                f"model.blocks.base.mixer={ATTENTION}",
-                "model.pattern=[fading, base]",
-            ],
-            to="bmojo",
-            on="state",
-            vary="mixer.window",
-        ),
+        "stacked": stacked(ATTENTION.replace("token_shift: 4, ", "")),
+        "stacked_shift": stacked(ATTENTION),
     },
     baseline="bmojo",
     metrics=[

@@ -13,13 +13,10 @@ from configs.question import Question, Variant
 COMMON = ["train={steps: 600, batch_size: 8, val_every: 300, val_tokens: 131072, sample_every: -1}", "eval={}"]
 ENGRAM = "{kind: engram, orders: [2, 3, 4], heads: 2, row_width: 16, base: %d, pad: 256}"
 GMT = "model.blocks.base.channel={kind: gmt, slots: 32, width: 32, fidelity: corrected}"
-MOM = (
-    "model.blocks.base.mixer={kind: mom, rule: {kind: gated_delta, heads: 2, head_dim: 32, expand_v: 1.0, gate: false, conv: 4}, "
-    "memories: 4, top_k: 2}"
-)
-BMOJO = (
-    "model.blocks.base.mixer={kind: bmojo, ssm: {kind: mamba2, head_dim: 32, d_state: 16}, heads: 4, window: 32, m_f: 1, m_e: 16}"
-)
+RULE = "{kind: gated_delta, heads: 2, head_dim: 32, expand_v: 1.0, gate: false, conv: 4}"
+MOM = f"model.blocks.base.mixer={{kind: mom, rule: {RULE}, memories: 4, top_k: 2}}"
+FADING = "{kind: mamba2, head_dim: 32, d_state: 16}"
+BMOJO = f"model.blocks.base.mixer={{kind: bmojo, ssm: {FADING}, heads: 4, window: 32, m_f: 1, m_e: 16}}"
 
 
 def engram(base: int) -> str:
