@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.prefix_topm import reference as selection
 from models import Batch, UserError, model_config
 from models import state as states
+from models.mixers import bmojo_decode, bmojo_state
 from models.mixers.bmojo_config import BMojoConfig
 from models.mixers.bmojo_scores import control
 from models.types import CommitInfo, Ctx, RowReset, Write
@@ -410,6 +411,30 @@ def test_state_is_bounded(mode: str):
         assert states.nbytes(memory_of(state)) == want
         fresh = memory_of(pieces(model, x[:, :1], [1])[1])
         assert int((fresh.k != 0).any(-1).sum()) <= 1 + (mode != "chunk")
+
+
+def test_a_piece_lays_no_more_cells_than_it_needs(monkeypatch: pytest.MonkeyPatch):
+    """From the chunk before the first token's to the cell of the next token; where the host may not look, for any start."""
+    model, state = build(window=64), build(window=64).init_state(2, 300)
+    for n, cells in ((5, 6), (100, 106), (30, 64 + 105 - 64 + 31)):  # from 0, from 5 and from 105, in chunks 0, 0 and 1
+        ctx, seen, _ = model.prepare(Batch(torch.ones(2, n, dtype=torch.int64)), state)
+        assert ctx.shared[mixer(model)._places_key].line.position.shape == (2, cells)
+        state = state._replace(seen=seen)
+    monkeypatch.setattr(bmojo_state, "host_may_look", lambda _: False)
+    ctx, *_ = model.prepare(Batch(torch.ones(2, 5, dtype=torch.int64)), state)
+    assert ctx.shared[mixer(model)._places_key].line.position.shape == (2, 2 * 64 + 5)
+
+
+@pytest.mark.parametrize("options", [{"fading_mode": mode} for mode in MODES] + [{"pos": "rope_const"}, {"archive": 2}])
+def test_without_a_look_at_the_positions(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """What a compiled graph does: every step writes an output's row and turns the chunk, or not, by masks."""
+    model, x = build(**options), stream(2, 19)
+    looked = pieces(model, x, [6, *[1] * 13])
+    for module in (bmojo_state, bmojo_decode):
+        monkeypatch.setattr(module, "host_may_look", lambda _: False)
+    blind = pieces(model, x, [6, *[1] * 13])
+    assert_close(blind[0], looked[0])
+    assert_close(memory_of(blind[1])[:7], memory_of(looked[1])[:7])
 
 
 def test_the_example_of_the_definition():

@@ -24,8 +24,17 @@ from kernels.prefix_topm import prefix_topm
 from kernels.rope import rope_table, rotate
 from models.mixers.bmojo_archive import Recall
 from models.mixers.bmojo_decode import Decode
-from models.mixers.bmojo_keys import Places
-from models.mixers.bmojo_scores import CONTROLS, control, innovation, predict, rank, write_error, write_error_flops
+from models.mixers.bmojo_keys import Places, Tokens
+from models.mixers.bmojo_scores import (
+    CONTROLS,
+    control,
+    innovation,
+    past_of,
+    predict,
+    rank,
+    write_error,
+    write_error_flops,
+)
 from models.mixers.bmojo_state import BMojoState, line_of
 from models.mixers.pieces import ROWS, Rows, rows_of
 from models.mixers.rules import wide
@@ -61,14 +70,19 @@ class BMojo(Decode):
         places: Places = ctx.shared[self._places_key]
         h, shift = self._shifted(u, places.rows, state, donate)
         q, k, v = self._heads(h)
+        q, k, memory_q = self._in_window(q, k, ctx)
         score, outputs = self._score(y, error, ctx, places.rows, state)
+        tokens = Tokens(q, k, v, memory_q, y, score)
         if state is None:
-            o, stats = self._whole(q, k, v, y, score, ctx, places)
+            o, stats = self._whole(tokens, ctx, places)
             aux = aux._replace(stats=aux.stats | stats)
         else:
             state = state._replace(ssm=ssm, shift=shift, outputs=outputs)
-            run = self._piece if x.shape[1] > 1 else self._step
-            o, state = run(q, k, v, y, score, ctx, state, places, donate)
+            o, state = (
+                self._step(tokens, state, places.now, donate)
+                if places.now is not None
+                else self._piece(tokens, ctx, state, places)
+            )
         return self.out(o.flatten(2)), state, aux
 
     @torch.no_grad()
@@ -85,7 +99,7 @@ class BMojo(Decode):
             return control(cfg.score, ctx, self.site.layer), ()
         y = y.detach().to(wide(y.dtype))
         before = None if state is None else state.outputs
-        prediction, outputs = predict(y, cfg.weights, ctx.positions, rows, before)
+        prediction, outputs = predict(y, ctx.shared[self._past_key], rows, before)
         score = innovation(cfg.score, y, prediction)
         if cfg.score_debias:
             seen = ctx.positions.clamp(0, cfg.score_k)
@@ -93,17 +107,15 @@ class BMojo(Decode):
         return self._floored(score), () if outputs is None else outputs
 
     def _floored(self, score: Tensor) -> Tensor:
-        return torch.where(score < self.cfg.score_floor, 0, score).float()
+        return score.masked_fill(score < self.cfg.score_floor, 0).float()
 
     # -- whole sequences
 
-    def _whole(
-        self, q: Tensor, k: Tensor, v: Tensor, y: Tensor, score: Tensor | None, ctx: Ctx, places: Places
-    ) -> tuple[Tensor, dict[str, Stat]]:
+    def _whole(self, tokens: Tokens, ctx: Ctx, places: Places) -> tuple[Tensor, dict[str, Stat]]:
         """-> (o [B, T, H, K], what is kept)."""
         cfg, rows, at, stats = self.cfg, places.rows, places.chunks, {}
+        q, k, v, memory_q, y, score = tokens
         assert at is not None
-        q, k, memory_q = self._in_window(q, k, ctx)
         window_k = rotate(k, *ctx.shared[self._rope_key]) if memory_q is not None else k
         given: dict[str, Any] = {"window": cfg.window, "cu_seqlens": rows.cu_seqlens, "fading": cfg.fading_mode}
         q, k, v, window_k = (rows.pack(x) for x in (q, k, v, window_k))
@@ -142,6 +154,9 @@ class BMojo(Decode):
         found = {key: unwrapped(fn) for key, fn in self.ssm.shared().items()} | {ROWS: rows_of}
         if self.cfg.window:
             found[self._places_key] = self._places
+        if self.cfg.window and self.cfg.predicts:
+            dtype = wide(self.qkv.weight.dtype)
+            found[self._past_key] = lambda ctx, _: past_of(self.cfg.weights, ctx.positions, dtype)
         if self.cfg.pos != "nope":
             found[self._rope_key] = lambda ctx, _: rope_table(ctx.positions, self.cfg.rope_theta, self.head_dim)
         return found
@@ -149,9 +164,12 @@ class BMojo(Decode):
     def _places(self, ctx: Ctx, state: BMojoState | None) -> Places:
         rows, (B, T), W = rows_of(ctx, state), ctx.tokens.shape, self.cfg.window
         if state is not None:
-            return Places(rows, None, line_of(ctx, W, self.cfg.back) if T > 1 else None)
+            one = T == 1
+            return Places(
+                rows, None, None if one else line_of(ctx, W, self.cfg.back), self._now(ctx, rows) if one else None
+            )
         B, T = (B, T) if rows.order is None else (1, B * T)
-        return Places(rows, chunks(B, T, rows.cu_seqlens, W, ctx.tokens.device), None)
+        return Places(rows, chunks(B, T, rows.cu_seqlens, W, ctx.tokens.device), None, None)
 
     # -- the nested mixer's affairs
 

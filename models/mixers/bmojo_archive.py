@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import UserError
@@ -371,9 +372,10 @@ class Recall(NamedTuple):
         )
 
     @torch.no_grad()
-    def heard(self, q: Tensor, valid: Tensor) -> Recall:
-        """One token's query: q [B, 1, H, K], valid [B, 1]."""
-        return self._replace(query=self.query + _per_key_head(q, self.query)[:, 0].where(valid[..., None], 0))
+    def heard(self, q: Tensor, valid: Tensor | None) -> Recall:
+        """One token's query: q [B, 1, H, K], valid [B, 1]; None: all are."""
+        new = _per_key_head(q, self.query)[:, 0]
+        return self._replace(query=self.query + (new if valid is None else new.where(valid[..., None], 0)))
 
     @torch.no_grad()
     def turned(self, turn: Tensor, known: Rows, kept: Tensor) -> Recall:
@@ -394,20 +396,20 @@ class Recall(NamedTuple):
         """All boundaries of a call that brings the tokens from ``start`` to ``end`` (int64 [B, 1]) of chunks of ``size``, in a line
         that starts at ``base`` [B, 1].
 
-        q [B, C * size, H, K], zero where there is no new token; ``index`` int64 [B, C, m]: what is kept before each chunk, by number
-        in ``pool``, which begins with the B * C * size tokens of the line. -> (the new state, what each chunk sees [B, C, S, ...])
+        q [B, N, H, K], zero where there is no new token; ``index`` int64 [B, C, m]: what is kept before each chunk, by number in
+        ``pool``, which begins with the B * N tokens of the line. -> (the new state, what each chunk sees [B, C, S, ...])
         """
-        B, C, _ = index.shape
-        query = _per_key_head(q, self.query).unflatten(1, (C, size)).sum(2)
+        (B, N), C = q.shape[:2], index.shape[1]
+        query = F.pad(_per_key_head(q, self.query), (0, 0, 0, 0, 0, C * size - N)).unflatten(1, (C, size)).sum(2)
         first, now = ((at - base) // size for at in (start, end))
         sequence = torch.arange(B, device=q.device)
         query[sequence, first[:, 0]] += self.query
         k, v, position = (x[:, None].repeat(1, C, *[1] * (x.ndim - 1)) for x in (self.k, self.v, self.position))
         k, v = k.to(pool.k.dtype), v.to(pool.v.dtype)
-        store, own = self.store, torch.arange(B * C * size, device=q.device).view(B, C, size)
+        store, own = self.store, torch.arange(B * N, device=q.device).view(B, N)
         for i, (begin, last) in enumerate(torch.cat((first, now), 1).tolist()):
             for c in range(begin + 1, last + 1):
-                could = torch.cat((index[i, c - 1], own[i, c - 1]))
+                could = torch.cat((index[i, c - 1], own[i, (c - 1) * size : c * size]))
                 gone = could[(could >= 0) & ~torch.isin(could, index[i, c])]
                 store = store.put(i, pool.at(gone))
                 _lay(store.search(i, query[i, c - 1]), k[i, c], v[i, c], position[i, c])

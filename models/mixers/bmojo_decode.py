@@ -12,10 +12,10 @@ from kernels.memory_attention import memory_attention
 from kernels.prefix_topm import prefix_topm
 from kernels.rope import rope_table, rotate
 from models.mixers.bmojo_archive import Rows as Stored
-from models.mixers.bmojo_keys import Keys, Places
+from models.mixers.bmojo_keys import Keys, Places, Tokens
 from models.mixers.bmojo_scores import rank
-from models.mixers.bmojo_state import BMojoState, Line, put, take
-from models.mixers.rules import wide
+from models.mixers.bmojo_state import BMojoState, Line, Now, host_may_look, put, ring_positions, take
+from models.mixers.pieces import Rows
 from models.types import Ctx
 
 
@@ -24,21 +24,11 @@ class Decode(Keys):
 
     # -- several tokens that continue a state
 
-    def _piece(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        y: Tensor,
-        score: Tensor | None,
-        ctx: Ctx,
-        state: BMojoState,
-        places: Places,
-        donate: bool,
-    ) -> tuple[Tensor, BMojoState]:
+    def _piece(self, tokens: Tokens, ctx: Ctx, state: BMojoState, places: Places) -> tuple[Tensor, BMojoState]:
+        """-> (o [B, T, H, K], the state after these tokens)."""
         cfg, line, W = self.cfg, places.line, self.cfg.window
+        q, k, v, memory_q, y, score = tokens
         assert line is not None
-        q, k, memory_q = self._in_window(q, k, ctx)
         rings = [x.split((W, cfg.m_e, cfg.fading_rows), dim=2) for x in (state.k, state.v)]
         new = [x.transpose(1, 2) for x in (k, v)]
         window = [line.roll(ring[0], x, 2) for ring, x in zip(rings, new, strict=True)]
@@ -68,9 +58,9 @@ class Decode(Keys):
     def _piece_kept(
         self, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], score: Tensor, state: BMojoState, line: Line
     ) -> tuple[dict[str, Any], list[Tensor], BMojoState]:
-        """q [B, n W, H, K], k, v [B, n W, Hkv, K] of the line, ``kept`` [B, Hkv, m_e, K] -> (what the op needs of eidetic rows,
+        """q [B, N, H, K], k, v [B, N, Hkv, K] of the line, ``kept`` [B, Hkv, m_e, K] -> (what the op needs of eidetic rows,
         those kept from now on, and the state with their scores and positions)."""
-        cfg, W, (B, cells) = self.cfg, self.cfg.window, line.position.shape
+        cfg, W, B = self.cfg, self.cfg.window, len(line.position)
         scores = line.lay(state.score[:, :W], score)
         candidate = (line.position >= line.start // W * W) & (line.position < line.end)
         key = rank(scores, line.position, cfg.evict_gamma).masked_fill(~candidate, -float("inf"))
@@ -85,7 +75,7 @@ class Decode(Keys):
         given = {"index": index, "since": since, "pool": pool}
         if self.cfg.archive is not None:
             given, state = self._piece_recalled(q, given, Stored(pool[0], pool[1], positions, all_scores), state, line)
-        now = take(index.view(B, cells // W, -1), (line.end - line.base) // W)[:, 0]  # of the next token's chunk
+        now = take(index.view(B, line.chunks, -1), (line.end - line.base) // W)[:, 0]  # of the next token's chunk
         there = now >= 0
         rows = [torch.where(there[..., None, None], x[now.clamp(min=0)], 0).transpose(1, 2) for x in pool]
         state = state._replace(
@@ -99,10 +89,9 @@ class Decode(Keys):
         self, q: Tensor, given: dict[str, Any], pool: Stored, state: BMojoState, line: Line
     ) -> tuple[dict[str, Any], BMojoState]:
         """What the op needs of eidetic rows -> the same with those that the archive found."""
-        index, since, (B, cells), W = given["index"], given["since"], line.position.shape, self.cfg.window
-        archive, found = state.archive.turned_often(
-            line.start, line.end, W, line.base, q, index.view(B, cells // W, -1), pool
-        )
+        index, since, W = given["index"], given["since"], self.cfg.window
+        kept = index.view(len(q), line.chunks, -1)
+        archive, found = state.archive.turned_often(line.start, line.end, W, line.base, q, kept, pool)
         position = found.position.flatten(0, 1)  # [B n, S]
         places = pool.count + torch.arange(position.numel(), device=q.device).view_as(position)
         index = torch.cat((index, torch.where(position < 0, -1, places)), 1)
@@ -128,7 +117,7 @@ class Decode(Keys):
     def _piece_fading_by_chunk(self, y: Tensor, rings: list[Tensor], line: Line) -> tuple[list[Tensor], list[Tensor]]:
         """A ring holds the rows in force, then those of the chunk that runs, each as new as it can be."""
         W, m, B = self.cfg.window, self.cfg.m_f, len(y)
-        n = line.position.shape[1] // W
+        n = line.chunks
         starts = line.base + torch.arange(n + 1, device=y.device) * W  # the next chunk's rows may be there in part
         back = 1 + torch.arange(m, device=y.device) * self.cfg.stride
         position = (starts[:, :, None] - back).flatten(1)  # [B, (n + 1) m]
@@ -151,115 +140,110 @@ class Decode(Keys):
 
     # -- one token
 
-    def _step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        y: Tensor,
-        score: Tensor | None,
-        ctx: Ctx,
-        state: BMojoState,
-        places: Places,
-        donate: bool,
-    ) -> tuple[Tensor, BMojoState]:
-        W, t = self.cfg.window, ctx.positions
-        write = torch.ones_like(t, dtype=torch.bool) if ctx.valid is None else ctx.valid
-        q, k, memory_q = self._in_window(q, k, ctx)
-        rows = [(t % W, write, (k, v))]
-        slot, due = self._fading_slot(t)
-        due = due & write
-        if self.cfg.m_f and (not _host_may_look(ctx) or bool(due.any())):
-            rows.append((slot, due, self._fading(y, t)))
+    def _step(self, tokens: Tokens, state: BMojoState, now: Now, donate: bool) -> tuple[Tensor, BMojoState]:
+        """-> (o [B, 1, H, K], the state after the token)."""
+        cfg = self.cfg
+        q, k, v, memory_q, y, score = tokens
+        rows = [(now.slot, now.write, (k, v))]
+        if now.fades:
+            rows.append((cfg.window + cfg.m_e + now.fading_slot, now.fading_write, self._fading(y, now.position)))
         buffers = [state.k, state.v]
         for slot, here, new in rows:
             buffers = [put(b, slot, x.transpose(1, 2), here, 2, donate) for b, x in zip(buffers, new, strict=True)]
         state = state._replace(k=buffers[0], v=buffers[1])
         if score is not None:
-            state = state._replace(score=put(state.score, t % W, score, write, 1, donate))
-        o = self._read(q, memory_q, state, t, write)
-        turn = write & ((t + 1) % W == 0)
-        looks = _host_may_look(ctx)
-        if self.cfg.archive is not None:
-            looks = True
-            state = state._replace(archive=state.archive.heard(q if memory_q is None else memory_q, write))
-        if (score is not None or self.cfg.fading_mode == "chunk") and (not looks or bool(turn.any())):
-            known = None if self.cfg.archive is None else self._could_be_kept(state, t)
-            state = self._turned(state, t, turn, donate)
+            state = state._replace(score=put(state.score, now.slot, score, now.write, 1, donate))
+        o = self._read(q, memory_q, state, now)
+        turns = now.turns
+        if cfg.archive is not None:
+            turns = bool(now.turn.any())
+            state = state._replace(archive=state.archive.heard(q if memory_q is None else memory_q, now.write))
+        if turns and (score is not None or cfg.fading_mode == "chunk"):
+            known = None if cfg.archive is None else self._could_be_kept(state, now)
+            state = self._turned(state, now, donate)
             if known is not None:
-                state = state._replace(archive=state.archive.turned(turn, known, state.position))
+                state = state._replace(archive=state.archive.turned(now.turn, known, state.position))
         return o, state
 
-    def _could_be_kept(self, state: BMojoState, t: Tensor) -> Stored:
+    def _now(self, ctx: Ctx, rows: Rows) -> Now:
+        cfg, t, W, looks = self.cfg, ctx.positions, self.cfg.window, host_may_look(ctx)
+        write = None if rows.index is None else rows.index >= 0
+        ring, place = ring_positions(t, W), t % W
+        turn = place == W - 1 if write is None else (place == W - 1) & write
+        slot, seen, due = self._fading_now(t)
+        due = write if due is None else due if write is None else due & write
+        fades = cfg.m_f > 0 and (due is None or not looks or bool(due.any()))
+        turns = not looks or bool(turn.any())
+        return Now(t, t - W, place, write, ring, ring >= 0, seen, slot, due, fades, turn, turns)
+
+    def _fading_now(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """t [B, 1] -> (the row for its output, which rows it sees [B, F], whether its output is kept [B, 1]; None: it is)."""
+        cfg, W, m = self.cfg, self.cfg.window, self.cfg.m_f
+        if not m:
+            return t, torch.zeros_like(t, dtype=torch.bool)[:, :0], None
+        if cfg.fading_mode == "chunk":  # rows in force, then those of the chunk that runs
+            left = W - 1 - t % W
+            i = left // cfg.stride
+            force = torch.arange(2 * m, device=t.device) < m
+            return m + i.clamp(max=m - 1), force & (t >= W), (left % cfg.stride == 0) & (i < m)
+        position = ring_positions(t, cfg.fading_rows)
+        old = 0 if cfg.fading_mode == "self" else W
+        return t % cfg.fading_rows, (position >= 0) & (position <= t - old), None
+
+    def _could_be_kept(self, state: BMojoState, now: Now) -> Stored:
         """Rows of the window and those kept so far [B, W + m_e, ...], in memory of their own."""
         k, v = (x[:, :, : self.cfg.window + self.cfg.m_e].transpose(1, 2).clone() for x in (state.k, state.v))
-        positions = torch.cat((_ring_positions(t, self.cfg.window), state.position), 1)
+        positions = torch.cat((now.ring, state.position), 1)
         return Stored(k, v, positions, state.score.clone())
 
-    def _fading_slot(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t [B, 1] -> (the row of the buffers for its output, whether it has one)."""
-        cfg, first = self.cfg, self.cfg.window + self.cfg.m_e
-        if not cfg.m_f:
-            return t, torch.zeros_like(t, dtype=torch.bool)
-        if cfg.fading_mode != "chunk":
-            return first + t % cfg.fading_rows, torch.ones_like(t, dtype=torch.bool)
-        left = cfg.window - 1 - t % cfg.window
-        i = left // cfg.stride
-        return first + cfg.m_f + i.clamp(max=cfg.m_f - 1), (left % cfg.stride == 0) & (i < cfg.m_f)
-
-    def _read(self, q: Tensor, memory_q: Tensor | None, state: BMojoState, t: Tensor, valid: Tensor) -> Tensor:
+    def _read(self, q: Tensor, memory_q: Tensor | None, state: BMojoState, now: Now) -> Tensor:
         """q [B, 1, H, K] over the buffers -> [B, 1, H, K]."""
-        W = self.cfg.window
+        W, K = self.cfg.window, self.head_dim
         k, v = state.k.to(q.dtype), state.v.to(q.dtype)
         if self.cfg.archive is not None:
             found = (state.archive.k, state.archive.v)
             k, v = (torch.cat((x, y.transpose(1, 2).to(x.dtype)), 2) for x, y in zip((k, v), found, strict=True))
-        queries = [x.unflatten(2, (self.kv_heads, -1))[:, 0] for x in (q, q if memory_q is None else memory_q)]
-        if memory_q is None:
-            scores = queries[0] @ k.mT
-        else:
-            cos, sin = rope_table(_ring_positions(t, W), self.cfg.rope_theta, self.head_dim)
+        if memory_q is not None:  # a query of its own has columns of its own
+            cos, sin = rope_table(now.ring, self.cfg.rope_theta, K)
             window = rotate(k[:, :, :W], cos.transpose(1, 2), sin.transpose(1, 2))
-            scores = torch.cat((queries[0] @ window.mT, queries[1] @ k[:, :, W:].mT), -1)
-        seen = self._seen(state, t) | ~valid  # an invalid query sees something, so that its softmax stays finite
-        scores = (scores.to(wide(q.dtype)) * self.head_dim**-0.5).masked_fill(~seen[:, None, None], -float("inf"))
-        return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)[:, None]
+            k = torch.cat((F.pad(window, (0, K)), F.pad(k[:, :, W:], (K, 0))), 2)
+            q = torch.cat((q, memory_q), -1)
+        q = q.unflatten(2, (self.kv_heads, -1))[:, 0]  # the heads that read one key are rows of one product
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=self._seen(state, now)[:, None, None], scale=K**-0.5)
+        return o.flatten(1, 2)[:, None]
 
-    def _seen(self, state: BMojoState, t: Tensor) -> Tensor:
-        """Which rows of the buffers, then of those that the archive found, the token at t [B, 1] sees: bool [B, S]."""
-        cfg, W = self.cfg, self.cfg.window
+    def _seen(self, state: BMojoState, now: Now) -> Tensor:
+        """Which rows of the buffers, then of those that the archive found, the token sees: bool [B, S]."""
+        cfg, newest = self.cfg, now.left if self.cfg.dedup else now.position
 
         def of_memory(position: Tensor) -> Tensor:
-            return (position >= 0) & ((t - position >= W) | (not cfg.dedup))
+            return (position >= 0) & (position <= newest)
 
-        seen = [_ring_positions(t, W) >= 0]
+        seen = [now.ring_seen]
         if cfg.m_e:
             seen.append(of_memory(state.position))
-        if cfg.m_f and cfg.fading_mode == "chunk":
-            force = torch.arange(2 * cfg.m_f, device=t.device) < cfg.m_f
-            seen.append(force & (t >= W))
-        elif cfg.m_f:
-            position = _ring_positions(t, cfg.fading_rows)
-            old = {"point": W, "band": W, "self": 0}[cfg.fading_mode]
-            seen.append((position >= 0) & (t - position >= old))
+        seen.append(now.fading_seen)
         if cfg.archive is not None:
             seen.append(of_memory(state.archive.position))
-        return torch.cat(seen, 1)
+        rows = torch.cat(seen, 1)
+        return (
+            rows if now.write is None else rows | ~now.write
+        )  # what is no token sees something, or its softmax is no number
 
-    def _turned(self, state: BMojoState, t: Tensor, turn: Tensor, donate: bool) -> BMojoState:
-        """Where a chunk ends, ``turn`` [B, 1], eidetic rows are chosen anew and fading rows come into force."""
-        cfg, W, m, B = self.cfg, self.cfg.window, self.cfg.m_e, len(t)
-        source = torch.arange(state.k.shape[2], device=t.device).expand(B, -1)  # the row that each row becomes
+    def _turned(self, state: BMojoState, now: Now, donate: bool) -> BMojoState:
+        """Where a chunk ends, eidetic rows are chosen anew and fading rows come into force."""
+        cfg, W, m, B, turn = self.cfg, self.cfg.window, self.cfg.m_e, len(state.k), now.turn
+        source = torch.arange(state.k.shape[2], device=turn.device).expand(B, -1)  # the row that each row becomes
         parts = [source[:, :W], source[:, W : W + m], source[:, W + m :]]
         if m:
-            key = rank(state.score[:, :W], _ring_positions(t, W), cfg.evict_gamma)
+            key = rank(state.score[:, :W], now.ring, cfg.evict_gamma)
             key = F.pad(key, (0, 1), value=-float("inf"))  # one row more, before whose chunk the whole ring counts
             chosen = prefix_topm(key, W, m, initial_key=self._kept_key(state)).view(B, 2, m)[:, 1]
-            sequence = torch.arange(B, device=t.device)[:, None]
+            sequence = torch.arange(B, device=turn.device)[:, None]
             own, old = chosen - sequence * (W + 1), W + chosen - B * (W + 1) - sequence * m
             row = torch.where(chosen < 0, -1, torch.where(chosen < B * (W + 1), own, old))
             parts[1] = torch.where(turn, row, parts[1])
-            positions = torch.cat((_ring_positions(t, W), state.position), 1)
+            positions = torch.cat((now.ring, state.position), 1)
             position = torch.where(row >= 0, positions.gather(1, row.clamp(min=0)), -1)
             state = state._replace(
                 position=torch.where(turn, position, state.position),
@@ -279,14 +263,3 @@ class Decode(Keys):
             else:
                 buffers.append(torch.cat((buffer[:, :, :W], memory), 2))
         return state._replace(k=buffers[0], v=buffers[1])
-
-
-def _host_may_look(ctx: Ctx) -> bool:
-    """Reading a tensor's values waits for nothing on a CPU; a compiled graph must not depend on them."""
-    return ctx.positions.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _ring_positions(t: Tensor, size: int) -> Tensor:
-    """t [B, 1], the newest position -> the position in each slot of a ring, negative where it is empty: [B, size]."""
-    slot = torch.arange(size, device=t.device)
-    return t - (t - slot) % size

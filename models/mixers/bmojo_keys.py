@@ -13,7 +13,7 @@ from kernels.chunks import Chunks
 from kernels.rope import rope_table, rotate
 from models import zoo
 from models.mixers.bmojo_config import BMojoConfig
-from models.mixers.bmojo_state import BMojoState, Line
+from models.mixers.bmojo_state import BMojoState, Line, Now
 from models.mixers.pieces import Rows, ShortConv
 from models.types import Ctx, Part, Site, State, build_norm
 
@@ -24,6 +24,18 @@ class Places(NamedTuple):
     rows: Rows
     chunks: Chunks | None  # of whole sequences
     line: Line | None  # of several tokens that continue a state
+    now: Now | None  # of one
+
+
+class Tokens(NamedTuple):
+    """What the tokens of one forward bring."""
+
+    q: Tensor  # [B, T, H, K], of the window
+    k: Tensor  # [B, T, Hkv, K], as the window keeps it
+    v: Tensor
+    memory_q: Tensor | None  # [B, T, H, K], of everything else, where it is another one
+    y: Tensor  # [B, T, D], outputs of the nested mixer
+    score: Tensor | None  # fp32 [B, T]
 
 
 class Keys(Part):
@@ -107,7 +119,11 @@ class Keys(Part):
 
     @property
     def _places_key(self) -> str:
-        return f"bmojo.{self.cfg.window}.{self.cfg.back}"
+        return f"bmojo.{self.cfg.window}.{self.cfg.fading_mode}.{self.cfg.m_f}"
+
+    @property
+    def _past_key(self) -> str:
+        return f"bmojo.past.{self.cfg.weights}"
 
     @property
     def _rope_key(self) -> str:

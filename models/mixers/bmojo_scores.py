@@ -8,12 +8,12 @@ relative, because top-m compares positions across a sequence, and a raw norm wou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from kernels.causal_conv1d import causal_conv1d
 from models.mixers.linear import LinearMixer, LinearState
 from models.mixers.pieces import Rows
 from models.mixers.rules import Delta, wide
@@ -26,31 +26,39 @@ L2_EPS = 1e-6  # of the delta rule's unit keys
 _EPS = 1e-9
 
 
+class Past(NamedTuple):
+    """What each of the last k outputs counts in the prediction of the next, the same for all layers."""
+
+    weights: Tensor  # [k], of the oldest first
+    mass: Tensor  # [B, T, 1], the sum over those that there are; above zero
+
+
+def past_of(weights: Sequence[float], positions: Tensor, dtype: torch.dtype) -> Past:
+    """``weights`` of the last output, the one before, ...; positions [B, T]."""
+    # no copy from the host
+    a = torch.stack([torch.full((), w, device=positions.device, dtype=dtype) for w in (0.0, *weights)])
+    mass = a.cumsum(0)[positions.clamp(0, len(weights))]
+    return Past(a[1:].flip(0), mass.clamp(min=_EPS)[..., None])
+
+
 @torch.no_grad()
-def predict(
-    y: Tensor, weights: Sequence[float], positions: Tensor, rows: Rows, tail: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """y [B, T, D], positions [B, T], tail [B, k, D] of outputs before (None: whole sequences) -> (the prediction of each from those
-    before it, sum_i a_i y_{t-i} / sum_i a_i over the i there are, zero at a first token; the new tail)."""
-    a = torch.stack(
-        [torch.full((), w, device=y.device, dtype=y.dtype) for w in (0.0, *weights)]
-    )  # no copy from the host
-    one = torch.ones_like(a[:1])
+def predict(y: Tensor, past: Past, rows: Rows, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """y [B, T, D], tail [B, k, D] of outputs before (None: whole sequences) -> (the prediction of each from those before it,
+    sum_i a_i y_{t-i} / sum_i a_i over the i there are, zero at a first token; the new tail)."""
+    if tail is not None and y.shape[1] == 1:
+        said = (tail.to(y.dtype) * past.weights[:, None]).sum(1, keepdim=True)
+        after = torch.cat((tail[:, 1:], y.to(tail.dtype)), 1)
+        return said / past.mass, after if rows.index is None else after.where((rows.index >= 0)[..., None], tail)
+    one = torch.ones_like(past.weights[:1])
     before = (None, None) if tail is None else (tail[:, -1:], tail[:, :-1])
     late, last = _convolved(y, torch.cat((one, one - 1)), before[0], rows)
-    said, earlier = _convolved(late, a[1:].flip(0), before[1], rows)
-    mass = a.cumsum(0)[positions.clamp(0, len(weights))]
-    return said / mass.clamp(min=_EPS)[..., None], None if last is None or earlier is None else torch.cat(
-        (earlier, last), 1
-    )
+    said, earlier = _convolved(late, past.weights, before[1], rows)
+    return said / past.mass, None if last is None or earlier is None else torch.cat((earlier, last), 1)
 
 
 def _convolved(x: Tensor, taps: Tensor, tail: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor | None]:
     """x [B, T, D] with the same taps [W] for all channels, tail [B, W-1, D] -> (sum_i taps_i x_{t-W+1+i}, the new tail)."""
     weight = taps.expand(x.shape[-1], -1)
-    if tail is not None and x.shape[1] == 1:
-        y, new = causal_conv1d_step(x, weight, None, tail[:, None], index=rows.index)
-        return y, new[:, 0]
     keep, cu = tail is not None, rows.cu_seqlens
     y, tail = causal_conv1d(rows.pack(x), weight, initial_state=tail, output_final_state=keep, cu_seqlens=cu)
     return rows.unpack(y, len(x)), tail

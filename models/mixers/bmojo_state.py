@@ -29,19 +29,42 @@ class BMojoState(NamedTuple):
     archive: State = ()  # `models.mixers.bmojo_archive.Recall`, what was found in storage for this chunk
 
 
+class Now(NamedTuple):
+    """One token of each sequence, which continues a state. ``F``: rows of the buffers for outputs."""
+
+    position: Tensor  # int64 [B, 1]
+    left: Tensor  # int64 [B, 1], W before it: the newest one that has left the window
+    slot: Tensor  # int64 [B, 1], of the window's ring
+    write: Tensor | None  # bool [B, 1], whether there is a token; None: everywhere
+    ring: Tensor  # int64 [B, W], the position in each slot of the window's ring, negative for none
+    ring_seen: Tensor  # bool [B, W]
+    fading_seen: Tensor  # bool [B, F]
+    fading_slot: Tensor  # int64 [B, 1], the row of F for its output
+    fading_write: Tensor | None  # bool [B, 1], whether that is kept; None: everywhere
+    fades: bool  # whether it is anywhere; true where the host may not look
+    turn: Tensor  # bool [B, 1], whether the token ends a chunk
+    turns: bool  # whether one does; true where the host may not look
+
+
 class Line(NamedTuple):
-    """The cells of one call: chunks of W from one that lies far enough back for its first token."""
+    """The cells of one call: chunks of W, the last one in part, from one that lies far enough back for its first token."""
 
     start: Tensor  # int64 [B, 1], the position of the first new token
     end: Tensor  # int64 [B, 1], and past the last one
     nth: Tensor  # int64 [B, T], the n-th valid token
-    position: Tensor  # int64 [B, n W], of each cell; those at ``end`` and after it are empty
+    position: (
+        Tensor  # int64 [B, N], of each cell; those at ``end`` and after it are empty, of which there is one at least
+    )
     size: int  # W
 
     @property
     def base(self) -> Tensor:
         """int64 [B, 1], the position of the first cell."""
         return self.position[:, :1]
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.position.shape[1] // self.size)
 
     def token(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """position [B, n] -> (which new token that is, clamped to those there are; whether it is one)."""
@@ -50,7 +73,7 @@ class Line(NamedTuple):
         return self.nth.gather(1, i.clamp(0, self.nth.shape[1] - 1)), new
 
     def lay(self, ring: Tensor, new: Tensor, dim: int = 1) -> Tensor:
-        """ring [B, R, ...] (R may be 0) and new [B, T, ...] -> [B, n W, ...], zeros for empty cells; rows along ``dim``."""
+        """ring [B, R, ...] (R may be 0) and new [B, T, ...] -> [B, N, ...], zeros for empty cells; rows along ``dim``."""
         R, T = ring.shape[dim], new.shape[dim]
         token, fresh = self.token(self.position)
         old = (self.position < self.start) & (self.position >= (self.start - R).clamp(min=0))
@@ -77,10 +100,22 @@ def line_of(ctx: Ctx, size: int, back: int) -> Line:
     if ctx.valid is not None:
         place = torch.where(ctx.valid, ctx.positions - start, T)
         nth = torch.zeros_like(F.pad(place, (0, 1))).scatter(1, place, nth)[:, :T]
-    base = (start // size - back).clamp(min=0) * size
-    chunks = back + (size - 1 + T) // size + 1  # the chunk of the token after the last one is there too
-    cells = torch.arange(chunks * size, device=start.device)
-    return Line(start, ctx.positions[:, -1:] + 1, nth, base + cells, size)
+    base, end = (start // size - back).clamp(min=0) * size, ctx.positions[:, -1:] + 1
+    cells = (back + 1) * size + T  # with the cell of the token after the last one
+    if host_may_look(ctx):
+        cells = int((end - base).max()) + 1
+    return Line(start, end, nth, base + torch.arange(cells, device=start.device), size)
+
+
+def host_may_look(ctx: Ctx) -> bool:
+    """Reading a tensor's values waits for nothing on a CPU; a compiled graph must not depend on them."""
+    return ctx.positions.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def ring_positions(t: Tensor, size: int) -> Tensor:
+    """t [B, 1], the newest position -> the position in each slot of a ring, negative where it is empty: [B, size]."""
+    slot = torch.arange(size, device=t.device)
+    return t - (t - slot) % size
 
 
 def _start(ctx: Ctx) -> Tensor:
@@ -104,9 +139,11 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return torch.where(_like(index >= 0, found, dim), found, 0)
 
 
-def put(x: Tensor, index: Tensor, row: Tensor, write: Tensor, dim: int, donate: bool) -> Tensor:
-    """One row per sequence: x with ``row`` [B, .. 1 .., ...] at ``index`` [B, 1] where ``write`` [B, 1]; in place if donated."""
-    at = _like(index, x, dim)
-    row = torch.where(_like(write, row, dim), row.to(x.dtype), x.gather(dim, at))
+def put(x: Tensor, index: Tensor, row: Tensor, write: Tensor | None, dim: int, donate: bool) -> Tensor:
+    """One row per sequence: x with ``row`` [B, .. 1 .., ...] at ``index`` [B, 1] where ``write`` [B, 1], or everywhere; in place if
+    donated."""
+    at, row = _like(index, x, dim), row.to(x.dtype)
+    if write is not None:
+        row = torch.where(_like(write, row, dim), row, x.gather(dim, at))
     scatter: Any = torch.Tensor.scatter_ if donate and not torch.is_grad_enabled() else torch.scatter
     return scatter(x, dim, at, row)
