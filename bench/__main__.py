@@ -83,7 +83,7 @@ def run_context(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     for name in names:
         if name not in context.MIXERS:
             raise UserError(f"no mixer '{name}'; valid: {', '.join(context.MIXERS)}")
-    rows = [context.measure(name, args.pairs, args.device) for name in names]
+    rows = [row for name in names for row in context.measure(name, args.pairs, args.device)]
     return rows, context.table(rows)
 
 

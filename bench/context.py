@@ -12,9 +12,9 @@ from bench.pairs import alternate
 from models import LM, Batch, LMState, build, model_config
 from models.state import clone, nbytes
 
-SHORT, LONG = 1024, 65536
+CONTEXTS = (1024, 8192, 65536)
 STEPS = 16
-PIECE = 1024  # tokens of the context in one forward; divides the short one
+PIECE = 1024  # tokens of the context in one forward; divides all of them
 WIDTH, LAYERS, HEADS = 256, 4, 4
 
 _DELTA = {"kind": "gated_delta", "heads": HEADS, "head_dim": WIDTH // HEADS, "expand_v": 1.0}
@@ -22,6 +22,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "gated_delta": _DELTA,
     "mom": {"kind": "mom", "rule": _DELTA, "memories": 4, "top_k": 2},
     "attention": {"kind": "attention", "heads": HEADS},
+    "bmojo-32": {"kind": "bmojo", "heads": HEADS, "window": 32, "m_e": 8},
+    "bmojo-512": {"kind": "bmojo", "heads": HEADS, "window": 512, "m_e": 64},
 }
 
 
@@ -36,32 +38,35 @@ def model(name: str, device: str) -> LM:
 
 @torch.inference_mode()
 def measure(
-    name: str, pairs: int, device: str, short: int = SHORT, long: int = LONG, piece: int = PIECE
-) -> dict[str, Any]:
-    """Time of ``STEPS`` one-token forwards after ``long`` tokens over that after ``short`` ones, in alternating runs."""
-    lm = model(name, device)
-    room = long + STEPS * (pairs + 6)  # two runs to warm up before each of the two timings
+    name: str, pairs: int, device: str, contexts: tuple[int, ...] = CONTEXTS, piece: int = PIECE
+) -> list[dict[str, Any]]:
+    """Time of ``STEPS`` one-token forwards after each of the longer contexts over that after the first one, in alternating runs."""
+    lm, (short, *longer), long = model(name, device), contexts, contexts[-1]
+    room = long + STEPS * (pairs + 6) * len(longer)  # two runs to warm up before each of the two timings
     tokens = torch.randint(257, (1, long), generator=torch.Generator().manual_seed(0)).to(device)
     states: dict[int, LMState] = {}
     state, began = lm.init_state(1, room), time.perf_counter()
     for at in range(0, long, piece):
-        if at == short:
-            states[short] = clone(state)
+        if at in contexts:
+            states[at] = clone(state)
         state = lm(Batch(tokens[:, at : at + piece]), state, donate=True, logits="none").state
     states[long] = state
     seconds = time.perf_counter() - began
-    sizes = {n: nbytes(lm.init_state(1, n)) for n in (short, long)}
+    sizes = {n: nbytes(lm.init_state(1, n)) for n in contexts}
 
     def decode(context: int) -> None:
         for i in range(STEPS):
             out = lm(Batch(tokens[:, i : i + 1]), states[context], donate=True, logits="last")
             states[context] = out.state
 
-    ratio = alternate(lambda: decode(short), lambda: decode(long), pairs, f"{name} after {long}", warmup=2)
-    row: dict[str, Any] = {"mixer": name, "short": short, "long": long, "pairs": pairs, "state_bytes": sizes}
-    row |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "prefill_tokens_per_s": long / seconds}
-    row["milliseconds"] = best(lambda: decode(long), device, repeats=2) / STEPS * 1e3
-    return row
+    rows = []
+    for n in longer:
+        ratio = alternate(lambda: decode(short), lambda n=n: decode(n), pairs, f"{name} after {n}", warmup=2)
+        row: dict[str, Any] = {"mixer": name, "short": short, "long": n, "pairs": pairs, "state_bytes": sizes}
+        row |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "prefill_tokens_per_s": long / seconds}
+        row["milliseconds"] = best(lambda n=n: decode(n), device, repeats=2) / STEPS * 1e3
+        rows.append(row)
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:

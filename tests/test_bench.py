@@ -200,11 +200,12 @@ def test_floors_of_looked_up_memory():
 @pytest.mark.parametrize("name", context.MIXERS)
 def test_context(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(context, "STEPS", 2)
-    row = context.measure(name, 1, "cpu", short=16, long=48, piece=16)
-    sizes = row["state_bytes"]
-    assert (sizes[16] == sizes[48]) == (name != "attention")
-    assert row["ratio"] > 0
-    assert f"{sizes[48]:,}" in context.table([row])
+    rows = context.measure(name, 1, "cpu", contexts=(16, 32, 48), piece=16)
+    sizes = rows[0]["state_bytes"]
+    assert (len({sizes[n] for n in (16, 32, 48)}) == 1) == (name != "attention")
+    assert [(r["short"], r["long"]) for r in rows] == [(16, 32), (16, 48)]
+    assert all(r["ratio"] > 0 for r in rows)
+    assert f"{sizes[48]:,}" in context.table(rows)
 
 
 def test_tables_beside_a_step():
@@ -251,9 +252,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ):
         assert word in text
     assert re.search(r"fla-core (is not here|\d)", text)
-    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 7 + 2 + 6 + 1 + 4 + 5 + 2 + 2
+    assert len(json.loads(out.with_suffix(".json").read_text())["rows"]) == 8 + 2 + 8 + 1 + 4 + 5 + 2 + 2
     assert command.main(["context", "--shapes", "gated", "--device", "cpu"]) == 2
-    assert "no mixer 'gated'; valid: gated_delta, mom, attention" in capsys.readouterr().err
+    assert "no mixer 'gated'; valid: gated_delta, mom, attention, bmojo-32, bmojo-512" in capsys.readouterr().err
 
 
 def test_cost_of_asking_a_suite():
