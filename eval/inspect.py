@@ -12,16 +12,26 @@ from typing import Any, Protocol, cast
 
 from tqdm import tqdm
 
+from eval import run_page
+from eval.history import read_metrics
+from eval.inspection import anypart
+from eval.inspection.attribution import target_at
 from eval.inspection.beside import TRAIN_TOKENS, Beside
 from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, loss, text_of
-from eval.report import read_metrics
+from eval.report import summary as report_row
 from eval.run import LoadedRun, open_run
 from eval.tables import markdown
 from models import LM, UserError
 from models.errors import guard, nearest
 
-INSTRUMENTS = {"gmt": "eval.inspection.gmt", "engram": "eval.inspection.engram"}  # kind of part -> module
+ANY = "any"  # stands for a model without a part that has an instrument
+INSTRUMENTS = {  # kind of part -> module
+    "gmt": "eval.inspection.gmt",
+    "engram": "eval.inspection.engram",
+    "bmojo": "eval.inspection.bmojo",
+    ANY: "eval.inspection.anypart",
+}
 EXAMPLE = """examples:
   python -m eval.inspect runs/gmt --out inspection
   python -m eval.inspect runs/gmt --text story.txt --out inspection --ablate uniform_edges+zero_block:2 --ablate freeze_slot:7@0
@@ -81,16 +91,13 @@ def instrument(kind: str) -> Instrument:
 
 
 def kind_of(model: LM, wanted: str | None = None) -> str:
-    """The first kind of part in the model that has an instrument, or the wanted one. Raises UserError if there is none."""
-    kinds = list(dict.fromkeys(part.cfg.kind for _, _, part in model.parts()))
-    known = [kind for kind in kinds if kind in INSTRUMENTS]
-    if known and wanted and wanted not in known:
+    """The wanted kind, or the first kind of part in the model that has an instrument, or `ANY`. Raises UserError for a wanted one
+    that is not there."""
+    kinds = dict.fromkeys(part.cfg.kind for _, _, part in model.parts())
+    known = [*(kind for kind in kinds if kind in INSTRUMENTS), ANY]
+    if wanted and wanted not in known:
         raise UserError(f"--part {wanted}: the model has no such part with an instrument{nearest(wanted, known)}")
-    if known:
-        return wanted or known[0]
-    raise UserError(
-        f"nothing to inspect in a model of {', '.join(kinds)}: it takes a part of kind {' or '.join(INSTRUMENTS)}"
-    )
+    return wanted or known[0]
 
 
 def look(
@@ -100,16 +107,23 @@ def look(
     earlier: LoadedRun | None = None,
     beside: Beside | None = None,
     part: str | None = None,
+    at: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Everything that there is to say, as plain JSON. ``ablations``: None for the standard ones; ``earlier``: an older checkpoint,
-    to compare with; ``part``: the kind that is looked at. Raises UserError."""
+    """Everything that there is to say, as plain JSON: of the parts of one kind, and under ``any`` of the model whatever its parts.
+
+    ``ablations``: None for the standard ones; ``earlier``: an older checkpoint, to compare with; ``part``: the kind that is looked
+    at; ``at``: the tokens behind which a prediction is traced back. Raises UserError."""
     model, kind = run.model, kind_of(run.model, part)
     tool = instrument(kind)
     wanted = tool.standard(model) if ablations is None else ablations
     for spec in wanted:
         tool.check(model, spec)
+    for token in at:
+        target_at(text, token)
     found = {"run": run.name, "step": run.step, "checkpoint": run.checkpoint, "kind": kind, "text": text.source}
+    found["imported_from"] = run.config.get("imported_from")
     found |= tool.measure(model, text)
+    found[ANY] = anypart.measure_all(model, text, at)
     found |= tool.more(run, text, beside or Beside())
     bar = tqdm(wanted, "ablations", unit="pass", leave=False, disable=None)
     found["ablations"] = [{"name": spec, "loss": _loss_without(tool, model, spec, text)} for spec in bar]
@@ -131,7 +145,7 @@ def write(found: dict[str, Any], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        pictures = tool.draw(found, out)
+        pictures = [*tool.draw(found, out), *anypart.draw_all(found[ANY], out)]
         shown = "\n\n".join(f"![{p.stem}]({p.name})" for p in pictures)
         words.write_text(f"{summary(found)}\n\n{shown}\n\n{tool.lists(found)}\n", encoding="utf-8")
     except OSError as error:
@@ -139,11 +153,23 @@ def write(found: dict[str, Any], out: Path) -> list[Path]:
     return [numbers, words, *pictures]
 
 
+def write_page(run: LoadedRun, out: Path) -> Path:
+    """``report.html``: the run, and what was just written about it in ``out``."""
+    return run_page.write(run.dir, report_row(run.dir) if is_logged(run) else {}, out, [out], run.model.cfg)
+
+
+def is_logged(run: LoadedRun) -> bool:
+    """Whether there is a line of a report to be had of it."""
+    return bool(run.config.get("imported_from")) or (run.dir / "metrics.jsonl").is_file()
+
+
 def summary(found: dict[str, Any]) -> str:
     """What was read, a row for each part, a row for each ablation: Markdown."""
     what = f"{found['run']}, step {found['step']}: {len(found['tokens']):,} tokens of {found['text']}"
     before = number(found["loss"])
-    text = f"{what}, loss {before:.4f} nats per token\n\n{instrument(found['kind']).summary(found)}"
+    origin = f", imported from {found['imported_from']}" if found["imported_from"] else ""
+    tables = (instrument(found["kind"]).summary(found), anypart.summary_all(found[ANY]))
+    text = "\n\n".join((f"{what}{origin}, loss {before:.4f} nats per token", *filter(None, tables)))
     if found["ablations"]:
         rows = [(a["name"], a["loss"], number(a["loss"]) - before) for a in found["ablations"]]
         text += f"\n\n{markdown(('without', 'loss', 'change'), rows)}"
@@ -160,8 +186,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE + _ablations(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("run", help="a run folder, or a model exported in Hugging Face format")
-    p.add_argument("--out", required=True, metavar="DIR", help="for inspect.json, inspect.md and pictures")
+    p.add_argument("run", help="a run folder of any model, or a model exported in Hugging Face format")
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="for inspect.json, inspect.md, pictures, and report.html, a page of them all",
+    )
     p.add_argument("--text", metavar="FILE", help="what is read; default: the start of the run's validation data")
     p.add_argument("--tokens", type=int, default=2048, help="of the text, at most (default: 2048)")
     p.add_argument(
@@ -174,6 +205,14 @@ def parser() -> argparse.ArgumentParser:
         "--part",
         metavar="KIND",
         help=f"what is looked at, of {', '.join(INSTRUMENTS)}; default: the first in the model",
+    )
+    p.add_argument(
+        "--at",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="trace back the prediction after token N of the text, from 0 (repeatable); default: those that far context helps most",
     )
     p.add_argument(
         "--baseline",
@@ -218,15 +257,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def opened(path: str, step: int | None = None) -> LoadedRun:
-        return open_run(path, args.device, args.dtype, step, args.allow_foreign, tables=args.tables)
+        return open_run(path, args.device, args.dtype, step, args.allow_foreign, tables=args.tables, tasks=True)
 
     run, earlier = opened(args.run, args.step), None if args.since is None else opened(args.run, args.since)
     kind_of(run.model, args.part)  # before a text is read for nothing
     beside = Beside(args.train_tokens, None if args.baseline is None else opened(args.baseline))
     check_beside(run, beside)
     wanted = [] if args.ablate == ["none"] else args.ablate
-    found = look(run, text_of(run, args.text, args.tokens), wanted, earlier, beside, args.part)
-    files = write(found, Path(args.out))
+    found = look(run, text_of(run, args.text, args.tokens), wanted, earlier, beside, args.part, args.at)
+    files = [*write(found, Path(args.out)), write_page(run, Path(args.out))]
     print(summary(found))
     print(f"\n{Path(args.out)}/: {', '.join(p.name for p in files)}")
     return 0

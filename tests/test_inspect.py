@@ -14,12 +14,12 @@ import torch.nn.functional as F
 
 from data import ByteTokenizer
 from eval import inspect
+from eval.history import read_metrics
 from eval.inspection import gmt as instrument
 from eval.inspection import gmt_pictures as pictures
 from eval.inspection.figures import short
 from eval.inspection.gmt_hooks import cells, changed
 from eval.inspection.text import Text, cut, loss, text_of
-from eval.report import read_metrics
 from eval.run import open_run
 from models import LM, Batch, UserError, build, model_config
 from tests.runs import SWIGLU, train, write_config
@@ -346,7 +346,7 @@ def test_the_command(trained, tmp_path, capsys):
     assert [tokens for tokens, _ in curves["validation"]] == [6 * 8 * 32, 12 * 8 * 32]
 
     names = ["gmt-ablations", "gmt-layer-01", "gmt-layers", "gmt-training"]
-    assert sorted(p.stem for p in out.glob("*.png")) == names
+    assert sorted(p.stem for p in out.glob("gmt-*.png")) == names
     words = (out / "inspect.md").read_text(encoding="utf-8")
     for name in names:
         assert f"![{name}]({name}.png)" in words
@@ -360,6 +360,7 @@ def test_the_command(trained, tmp_path, capsys):
 
     again = tmp_path / "again"  # everything that is shown is in the JSON
     inspect.write(found, again)
+    inspect.write_page(run, again)
     for path in out.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
@@ -390,7 +391,10 @@ def test_a_diverged_model_is_drawn_too(tmp_path):
     run = open_run(write_run(tmp_path / "run", model), "cpu")
     found = inspect.look(run, story(), ["uniform_edges"])
     assert found["loss"] is found["ablations"][0]["loss"] is found["layers"][0]["numbers"]["source_entropy"] is None
-    assert len(inspect.write(found, tmp_path / "out")) == 5
+    written = [p.name for p in inspect.write(found, tmp_path / "out")]
+    assert written[2:] == [
+        "gmt-layers.png", "gmt-layer-00.png", "gmt-ablations.png", "any-attention.png",
+    ]  # fmt: skip
     assert "loss nan" in inspect.summary(found)
 
 
@@ -444,7 +448,7 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
         return error
 
     dense = tiny_run(tmp_path / "dense").dir
-    assert "it takes a part of kind gmt" in said(str(dense))
+    assert "no such part with an instrument" in said(str(dense), "--part", "gmt")
     assert "cannot read" in said(str(trained), "--text", str(tmp_path / "none.txt"))
     (tmp_path / "empty.txt").write_text("")
     assert "no text" in said(str(trained), "--text", str(tmp_path / "empty.txt"))

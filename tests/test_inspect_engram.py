@@ -19,13 +19,13 @@ from data import ByteTokenizer
 from data.tokenizer import train_bpe
 from eval import inspect
 from eval.corpus_tasks import open_run_corpus
+from eval.history import read_metrics
 from eval.inspection import depth, engram_cache, engram_rows, engram_words, hooks
 from eval.inspection import engram as instrument
 from eval.inspection.beside import Beside, batches_of
 from eval.inspection.engram_hooks import engrams
 from eval.inspection.engram_rows import addressing_of
 from eval.inspection.text import Text, cut, loss, read, text_of
-from eval.report import read_metrics
 from eval.run import open_run
 from models import LM, Batch, UserError, build, model_config
 from models.stores import build_store
@@ -669,7 +669,7 @@ def test_the_command(trained: Path, dense: Path, tmp_path: Path, capsys: pytest.
 
     made = ["engram-ablations", "engram-cka", "engram-frequency", "engram-gates", "engram-layers", "engram-rows"]
     made.append("engram-training")
-    assert sorted(p.stem for p in out.glob("*.png")) == made
+    assert sorted(p.stem for p in out.glob("engram-*.png")) == made
     page = (out / "inspect.md").read_text(encoding="utf-8")
     for name in made:
         assert f"![{name}]({name}.png)" in page
@@ -681,6 +681,7 @@ def test_the_command(trained: Path, dense: Path, tmp_path: Path, capsys: pytest.
 
     again = tmp_path / "again"  # everything that is shown is in the JSON
     inspect.write(found, again)
+    inspect.write_page(open_run(trained, "cpu"), again)
     for path in out.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
@@ -761,7 +762,7 @@ def test_branches_on_a_text_without_the_corpus(tmp_path: Path, capsys: pytest.Ca
     assert found["counted"]["tokens"] == 200
     assert found["frequency"] is found["baseline"] is found["training"] is None
     assert [len(layer["alpha"]) for layer in found["layers"]] == [4, 4]
-    assert sorted(p.stem for p in out.glob("*.png")) == [
+    assert sorted(p.stem for p in out.glob("engram-*.png")) == [
         "engram-ablations", "engram-gates", "engram-layers", "engram-rows",
     ]  # fmt: skip
     assert "| one_branch:3 |" in capsys.readouterr().out
@@ -794,7 +795,7 @@ def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         return error
 
     plain = tiny_run(tmp_path / "plain").dir
-    assert "it takes a part of kind gmt or engram" in said(str(plain))
+    assert "no such part with an instrument" in said(str(plain), "--part", "engram")
     assert "--part gmt: the model has no such part" in said(str(trained), "--part", "gmt")
     assert "--train-tokens" in said(str(trained), "--train-tokens", "-1")
     assert "did you mean 'mean_gate'" in said(str(trained), "--ablate", "mean_gat")
