@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from configs.question import MIN_SEEDS
 from eval.tables import cell
 from models.errors import UserError
 
@@ -76,7 +77,9 @@ def question_table(name: str) -> str:
     """What `ablate.py` found by its first metric, a line per variant, and in words; of other metrics the means."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
     first, *others = dict.fromkeys(r["metric"] for r in found["results"])
-    head = [f"`ablate.py configs/ablations/{name}.py`", "parameters", "FLOPs per token", first]
+    question = found["question"]
+    how = f"`ablate.py configs/ablations/{question}.py`{name.removeprefix(question).replace('_', ', ')}"
+    head = [how, "parameters", "FLOPs per token", first]
     head += [f"difference to {found['baseline']}", *others]
     mean = {(r["variant"], r["metric"]): r["mean"] for r in found["results"]}
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
@@ -88,6 +91,9 @@ def question_table(name: str) -> str:
         cells += [f"{mean[r['variant'], metric]:.3f}" for metric in others]
         lines.append(f"| {' | '.join(cells)} |")
     said = [r["sentence"] for r in found["results"] if r["metric"] == first and r["sentence"]]
+    if all(r["verdict"] in ("", "no difference shown") for r in found["results"] if r["metric"] == first):
+        few = f": with {len(found['seeds'])} seeds nothing is claimed" if len(found["seeds"]) < MIN_SEEDS else ""
+        said = [f"no difference shown{few}"]
     tables = [curve_table(curve, found["costs"]) for curve in found.get("curves", ())]
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said), *tables])
 

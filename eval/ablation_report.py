@@ -285,8 +285,9 @@ def plot_quality(found: Answer, path: Path) -> None:
 def plot_curves(found: Answer, path: Path) -> None:
     """A panel for each curve, a line for each variant: the mean of its runs, its bars one standard deviation."""
     curves = found.question.curves
-    figure = _figure(5.5 * len(curves), 4)
-    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+    figure = _figure(1.5 + 5 * len(curves), 4)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, curve in zip(panels, curves, strict=True):
         places = [x for x in curve.over if not isinstance(x, str)]
         if words := len(places) < len(curve.over):
             places = list(range(len(curve.over)))
@@ -302,7 +303,7 @@ def plot_curves(found: Answer, path: Path) -> None:
             axes.set_xticks(places, [str(x) for x in curve.over])
         else:
             _scale(axes, places)
-        axes.legend(frameon=False, fontsize="small")
+    panels[-1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(str(path))
 
 

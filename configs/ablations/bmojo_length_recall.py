@@ -36,7 +36,9 @@ question = Question(
     curves=[
         Curve(f"{TASK}/acc", LENGTHS, "tokens of a row"),
         Curve(
-            "eval/mqar_seq_len-8192/by/distance/{}/accuracy", ("16-31", "128-255", "1024-2047", "4096-8191"), "distance"
+            "eval/mqar_seq_len-8192/by/distance/{}/accuracy",
+            ("128-255", "512-1023", "1024-2047", "2048-4095", "4096-8191"),
+            "distance",
         ),
     ],
     seeds=3,
