@@ -78,11 +78,10 @@ class BMojo(Decode):
             aux = aux._replace(stats=aux.stats | stats)
         else:
             state = state._replace(ssm=ssm, shift=shift, outputs=outputs)
-            o, state = (
-                self._step(tokens, state, places.now, donate)
-                if places.now is not None
-                else self._piece(tokens, ctx, state, places)
-            )
+            if places.now is not None:
+                o, state = self._step(tokens, state, places.now, donate)
+            else:
+                o, state = self._piece(tokens, ctx, state, places)
         return self.out(o.flatten(2)), state, aux
 
     @torch.no_grad()
@@ -164,10 +163,9 @@ class BMojo(Decode):
     def _places(self, ctx: Ctx, state: BMojoState | None) -> Places:
         rows, (B, T), W = rows_of(ctx, state), ctx.tokens.shape, self.cfg.window
         if state is not None:
-            one = T == 1
-            return Places(
-                rows, None, None if one else line_of(ctx, W, self.cfg.back), self._now(ctx, rows) if one else None
-            )
+            if T == 1:
+                return Places(rows, None, None, self._now(ctx, rows))
+            return Places(rows, None, line_of(ctx, W, self.cfg.back), None)
         B, T = (B, T) if rows.order is None else (1, B * T)
         return Places(rows, chunks(B, T, rows.cu_seqlens, W, ctx.tokens.device), None, None)
 

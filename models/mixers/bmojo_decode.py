@@ -226,9 +226,9 @@ class Decode(Keys):
         if cfg.archive is not None:
             seen.append(of_memory(state.archive.position))
         rows = torch.cat(seen, 1)
-        return (
-            rows if now.write is None else rows | ~now.write
-        )  # what is no token sees something, or its softmax is no number
+        if now.write is None:
+            return rows
+        return rows | ~now.write  # what is no token sees something, or its softmax is no number
 
     def _turned(self, state: BMojoState, now: Now, donate: bool) -> BMojoState:
         """Where a chunk ends, eidetic rows are chosen anew and fading rows come into force."""
