@@ -267,11 +267,16 @@ def _other(was: Kept, now: Kept) -> Tensor:
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's, of equal values the first counting as the smaller one; None where one of them is constant."""
+    """Spearman's; None where one of them is constant."""
     if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
         return None
-    ranks = torch.stack([x.argsort(stable=True).argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """fp64 [N]; equal values share the mean of theirs."""
+    _, which, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[which]
 
 
 # -- for reading

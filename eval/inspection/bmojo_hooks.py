@@ -108,7 +108,8 @@ def _parse(model: LM, spec: str) -> contextlib.AbstractContextManager[None]:
     over = [here[hooks.one_of(spec, "layer", where, here)]] if at else [*here.values()]
     if name in LEFT_OUT:
         return attending(over, _without(LEFT_OUT[name]))
-    return hooks.changed(over, "cfg", lambda _, cfg: replace(cfg, **_option(spec, name, value)))
+    other = _option(spec, name, value)
+    return hooks.changed(over, "cfg", lambda _, cfg: replace(cfg, **other))
 
 
 def _option(spec: str, name: str, value: str) -> dict[str, Any]:
