@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.selective_scan import reference, selective_scan
-from tests.tools import TOLERANCE, rel_err
+from tests.tools import TOLERANCE, Case, assert_close, in_pieces, random_batch, rel_err
 
 # B, T, D, N, lengths of segments (None: whole rows)
 Shape = tuple[int, int, int, int, list[int] | None]
@@ -65,7 +65,7 @@ def check(got: tuple, want: tuple, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [*((shape, torch.float32) for shape in SHAPES), ("odd", torch.float16), ("ragged", torch.bfloat16)],
+    [*((shape, torch.float32) for shape in SHAPES), ("odd", torch.float16), ("chunks", torch.bfloat16)],
     ids=str,
 )
 def test_equals_the_definition(shape: str, dtype: torch.dtype, device: torch.device):
@@ -116,3 +116,18 @@ def test_what_has_no_kernel(device: torch.device):
         given = [x.to(dtype) for x in inputs(shape, device)[0][:6]]
         with pytest.raises(dispatch.KernelUnavailable, match=reason):
             selective_scan(*given)
+
+
+@torch.no_grad()
+def test_a_mixer_decodes(device: torch.device):
+    """Prefill by the scan, tokens by the step, padding among both: outputs and states of the reference forms."""
+    model = Case("", "mixer", {"kind": "mamba", "d_state": 4}).build(torch.float32, n_layers=1).to(device)
+    tokens = random_batch(2, 7, targets=False).tokens.to(device)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    valid[1, 2], valid[0, 5] = False, False
+    said = []
+    for setting in ("triton", "reference"):
+        with dispatch.use(setting):
+            said.append(in_pieces(model, tokens, [5, 1, 1], max_len=8, valid=valid)[:2])
+    assert_close((said[0][0][valid], said[0][1]), (said[1][0][valid], said[1][1]), "op", torch.float32)
+    assert dispatch.counts["recurrent_step", "triton"] > 0
