@@ -121,6 +121,7 @@ def look(
     for token in at:
         target_at(text, token)
     found = {"run": run.name, "step": run.step, "checkpoint": run.checkpoint, "kind": kind, "text": text.source}
+    found["per"] = "token" if text.answers is None else "answer"  # what a loss is a mean over
     found["imported_from"] = run.config.get("imported_from")
     found |= tool.measure(model, text)
     found[ANY] = anypart.measure_all(model, text, at)
@@ -169,7 +170,7 @@ def summary(found: dict[str, Any]) -> str:
     before = number(found["loss"])
     origin = f", imported from {found['imported_from']}" if found["imported_from"] else ""
     tables = (instrument(found["kind"]).summary(found), anypart.summary_all(found[ANY]))
-    text = "\n\n".join((f"{what}{origin}, loss {before:.4f} nats per token", *filter(None, tables)))
+    text = "\n\n".join((f"{what}{origin}, loss {before:.4f} nats per {found['per']}", *filter(None, tables)))
     if found["ablations"]:
         rows = [(a["name"], a["loss"], number(a["loss"]) - before) for a in found["ablations"]]
         text += f"\n\n{markdown(('without', 'loss', 'change'), rows)}"

@@ -488,6 +488,7 @@ def test_the_command_on_a_task(tmp_path, capsys, quick):
     names = ["bmojo-ablations", "bmojo-layer-00", "bmojo-layer-01", "bmojo-layers", "bmojo-recall", "bmojo-training"]
     assert sorted(p.stem for p in (tmp_path / "out").glob("bmojo-*.png")) == names
     assert "answered right" in printed
+    assert "nats per answer" in printed
     assert "since step 8" in printed
 
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")

@@ -38,7 +38,7 @@ def ablations(found: Found) -> Any:
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.margins(x=0.2)
     axes.invert_yaxis()
-    axes.set(xlabel="change of the loss (nats per token); above zero: it was of use", title=heading(found))
+    axes.set(xlabel=f"change of the loss (nats per {_per(found)}); above zero: it was of use", title=heading(found))
     plain_axes(axes)
     return figure
 
@@ -127,7 +127,11 @@ def engineering() -> Any:
 
 def heading(found: Found) -> str:
     what = f"{found['run']}, step {found['step']:,}: {len(found['tokens']):,} tokens"
-    return f"{what}, loss {number(found['loss']):.4f} nats per token"
+    return f"{what}, loss {number(found['loss']):.4f} nats per {_per(found)}"
+
+
+def _per(found: Found) -> str:
+    return found.get("per", "token")
 
 
 def floats(values: Sequence[Any]) -> np.ndarray:
