@@ -48,7 +48,7 @@ def page(run: Path, row: dict[str, Any], inspections: Sequence[Path] = (), model
         name,
         _lead(run, config, environment),
         [
-            ("Summary", _summary(row)),
+            ("Summary", _summary(row, records)),
             ("Model", _model(run, config, model)),
             ("Training", _training(name, records)),
             ("Evaluation", joined([*map(_evaluation, sorted((run / "eval").glob("*.json")))])),
@@ -96,8 +96,11 @@ def _lead(run: Path, config: str, environment: dict[str, Any]) -> Markup:
     return joined([text("p", run), tag("p", joined(said, " "))] if said else [text("p", run)])
 
 
-def _summary(row: dict[str, Any]) -> Markup:
+def _summary(row: dict[str, Any], records: list[dict[str, Any]]) -> Markup:
+    """The line of the report, and the last accuracy of a run on a task."""
+    accuracy = [r["val"]["accuracy"] for r in records if "accuracy" in r.get("val", {})]
     known = [(k, v) for k, v in row.items() if k not in ("run", "eval") and v is not None]
+    known += [("val accuracy", v) for v in accuracy[-1:]]
     return html.figures(known) if known else EMPTY
 
 
@@ -191,7 +194,7 @@ def _inspection(folder: Path) -> Markup:
     """What `eval.inspect` wrote, its pictures too, with attributions as text that says its numbers under the pointer."""
     found = _json(folder / "inspect.json") or {}
     traced = (found.get("any") or {}).get("attribution") or {"targets": []}
-    marked = [_marked(one) for one in traced["targets"]]
+    marked = [_marked(one, " " if traced["spaced"] else "") for one in traced["targets"]]
     if marked:
         about = (
             "Blue tokens speak for the predicted one, orange ones against it: gradient times input, in nats. Under the pointer: "
@@ -203,7 +206,7 @@ def _inspection(folder: Path) -> Markup:
     return joined([html.from_markdown(_read(folder / "inspect.md"), folder), *marked])
 
 
-def _marked(one: dict[str, Any]) -> Markup:
+def _marked(one: dict[str, Any], between: str) -> Markup:
     """The text before a prediction, and the prediction."""
     top = max((abs(number(a)) for a in one["attribution"] if a is not None), default=0) or 1.0
     lost = dict(zip(one["checked"], one["left_out"], strict=True))
@@ -217,7 +220,7 @@ def _marked(one: dict[str, Any]) -> Markup:
             tokens.append(Markup("\n"))
     agreement = "not defined" if one["agreement"] is None else f"{one['agreement']:.2f}"
     head = f"After token {one['at']}: loss {_short(one['loss'])} nats, agreement of both attributions {agreement}"
-    body = tag("div", joined([*tokens, Markup(" → "), text("b", one["target"])], ""), class_="text")
+    body = tag("div", joined([joined(tokens, between), Markup(" → "), text("b", one["target"])], ""), class_="text")
     return joined([text("p", head), body])
 
 

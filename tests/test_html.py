@@ -70,7 +70,7 @@ def attribution() -> dict:
         "tokens": ["a", HOSTILE, "\\n", "b"], "attribution": [0.2, -0.4, None, 0.0],
         "checked": [0, 1], "left_out": [0.125, -0.5],
     }  # fmt: skip
-    return {"fillers": ["<i>", "␣"], "targets": [target]}
+    return {"fillers": ["<i>", "␣"], "spaced": False, "targets": [target]}
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def run(tmp_path: Path) -> Path:
             "layers.1.channel.dead": 2.0,
             "layers.0.channel.load": [0.5, 0.5],
         }
+    records[-1]["val"]["accuracy"] = 0.625
     folder = write_run(tmp_path / "a<b>&c", tiny_model(), records)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "name": HOSTILE}))
@@ -137,6 +138,7 @@ def test_a_page_says_everything(run):
     assert page.said("span").count("commit 0123456789 with changes") == 1
     assert "not finished" in page.said("span")
     assert f"{report.summary(run)['params']:,}" in page.said("dd")
+    assert page.said("dd").splitlines()[page.said("dt").splitlines().index("val accuracy")] == "0.6250"
     assert [a["alt"] for t, a in page.tags if t == "img"] == [
         "Loss in training, and of the validation data", "What else was logged, over training tokens", "any-states",
     ]  # fmt: skip
@@ -151,7 +153,8 @@ def test_a_page_says_everything(run):
 
 
 def test_tokens_are_marked_by_their_attribution(run):
-    _, page = page_of(run)
+    source, page = page_of(run)
+    assert '</span> <span class="against"' not in source
     marked = [a for t, a in page.tags if t == "span" and "title" in a]
     assert [(a["class"], a["style"]) for a in marked] == [
         ("for", "--a:0.375"), ("against", "--a:0.750"), ("against", "--a:0.000"), ("against", "--a:0.000"),
@@ -161,6 +164,9 @@ def test_tokens_are_marked_by_their_attribution(run):
     assert page.said("b") == "</b>"
     assert "agreement of both attributions 0.50" in page.said("p")
     assert "«<i>» or «␣»" in page.said("p")
+    found = {"run": run.name, "any": {"attribution": {**attribution(), "spaced": True}}}
+    (run / "inspection" / "inspect.json").write_text(json.dumps(found))
+    assert '</span> <span class="against"' in page_of(run)[0]
 
 
 def test_what_a_run_does_not_have_is_left_out(tmp_path):

@@ -147,7 +147,7 @@ def attribution(found: Found) -> Any:
     """Of each target: the text before it, blue where a token speaks for the target and red where against it, and below it both
     attributions along the text."""
     targets = found["targets"]
-    laid = [_lay(one) for one in targets]
+    laid = [_lay(one, int(found["spaced"])) for one in targets]
     heights = [h for lines in laid for h in (0.5 + 0.24 * (1 + lines[-1][2]), 1.7)]
     figure = new_figure(15, 0.8 + sum(heights) + 0.5 * len(targets))
     grid = figure.subplots(2 * len(targets), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -158,8 +158,9 @@ def attribution(found: Found) -> Any:
     return figure
 
 
-def _lay(one: Found) -> list[tuple[str, int, int, float]]:
-    """(token, column, line, attribution) of the last tokens; lines break where they are full and after a line's end."""
+def _lay(one: Found, gap: int) -> list[tuple[str, int, int, float]]:
+    """(token, column, line, attribution) of the last tokens, ``gap`` columns apart; lines break where they are full and after the
+    end of one."""
     found, column, line = [], 0, 0
     top = max((abs(number(a)) for a in one["attribution"]), default=0) or 1.0
     for token, value in list(zip(one["tokens"], one["attribution"], strict=True))[-SHOWN:]:
@@ -168,7 +169,7 @@ def _lay(one: Found) -> list[tuple[str, int, int, float]]:
         if column + width > COLUMNS:
             column, line = 0, line + 1
         found.append((word, column, line, number(value) / top))
-        column += width
+        column += width + gap
         if token == "\\n":
             column, line = 0, line + 1
     return found

@@ -173,12 +173,14 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
 
 
 def measure(model: LM, text: Text, at: Sequence[int] = ()) -> dict[str, Any]:
-    """``fillers`` as they are shown, and ``targets``, each with its past tokens, their attribution and, of those ``checked``,
-    leave-one-out. ``at``: the predictions to look at, by token; default: those that far context helps most."""
+    """``fillers`` as they are shown, ``spaced`` where tokens are numbers, which must not run together, and ``targets``, each with
+    its past tokens, their attribution and, of those ``checked``, leave-one-out. ``at``: the predictions to look at, by token;
+    default: those that far context helps most."""
     targets = [target_at(text, n) for n in at] or most_helped(model, text)
     fillers = fillers_of(text)
     return {
         "fillers": [text.shown(i) for i in fillers],
+        "spaced": text.answers is not None,
         "targets": [_target(model, text, one, fillers) for one in targets],
     }
 
