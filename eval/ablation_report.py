@@ -297,12 +297,12 @@ def plot_curves(found: Answer, path: Path) -> None:
             if points:
                 x, mean, sd = zip(*points, strict=True)
                 axes.errorbar(x, mean, yerr=sd, marker="o", markersize=4, capsize=3, color=f"C{i % 10}", label=variant)
-        axes.set(xlabel=curve.label, ylabel=f"{curve.path} ({_direction(curve.metrics()[0])})")
+        axes.set(xlabel=curve.label, ylabel=_direction(curve.metrics()[0]))
+        axes.set_title(curve.path, fontsize="medium")
         _plain_axes(axes)
-        if words:
-            axes.set_xticks(places, [str(x) for x in curve.over])
-        else:
+        if not words:
             _scale(axes, places)
+        axes.set_xticks(places, map(cell, curve.over), fontsize="small")
     panels[-1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(str(path))
 
