@@ -120,7 +120,7 @@ def _environment(found: dict[str, Any]) -> Markup:
     facts = [*plain, *(found.get("versions") or {}).items()]
     parts = [
         text("pre", " ".join(map(str, found.get("command") or [])), class_="wrap"),
-        table(("", ""), [[k, str(v)] for k, v in facts]),
+        table(("what", "value"), [[k, str(v)] for k, v in facts]),
     ]
     ran = (found.get("kernels") or {}).get("ran") or {}
     rows = [
@@ -156,7 +156,7 @@ def _evaluation(path: Path) -> Markup:
     except (KeyError, TypeError, AttributeError):
         rows = []
     if not rows:
-        return folded(path.name, table(("", "value"), list(_flat(found))[:ROWS]))
+        return folded(path.name, table(("what", "value"), list(_flat(found))[:ROWS]))
     parts = [text("h3", path.stem), table(("task", "metric", "value", "stderr", "items"), rows)]
     slices = [(f"by {k}", label, *v.values()) for k, by in (found.get("by") or {}).items() for label, v in by.items()]
     if slices and len({len(row) for row in slices}) == 1:
@@ -194,7 +194,7 @@ def _inspection(folder: Path) -> Markup:
     """What `eval.inspect` wrote, its pictures too, with attributions as text that says its numbers under the pointer."""
     found = _json(folder / "inspect.json") or {}
     traced = (found.get("any") or {}).get("attribution") or {"targets": []}
-    marked = [_marked(one, " " if traced["spaced"] else "") for one in traced["targets"]]
+    marked = [_marked(one, " " if traced.get("spaced") else "") for one in traced["targets"]]
     if marked:
         about = (
             "Blue tokens speak for the predicted one, orange ones against it: gradient times input, in nats. Under the pointer: "
