@@ -11,6 +11,7 @@ from typing import Any
 
 from eval import history, html
 from eval.html import EMPTY, Markup, folded, joined, table, tag, text
+from eval.inspection.attribution import lost_without
 from eval.inspection.numbers import number
 from eval.judge import result_rows
 from models import ModelConfig, UserError, model_config
@@ -197,10 +198,10 @@ def _inspection(folder: Path) -> Markup:
     marked = [_marked(one, " " if traced.get("spaced") else "") for one in traced["targets"]]
     if marked:
         about = (
-            "Blue tokens speak for the predicted one, orange ones against it: gradient times input, in nats. Under the pointer: "
-            "that number, and what the prediction loses when the token gives way to "
+            "Blue tokens speak for the predicted one, orange ones against it: what it loses, in nats, when the token gives way to "
             + " or ".join(f"«{t}»" for t in traced["fillers"])
-            + "."
+            + ", tried of the tokens that matter most by gradient and of some others. Under the pointer: that number, and gradient "
+            "times input."
         )
         marked = [text("h3", "Which past tokens a prediction comes from"), text("p", about), *marked]
     return joined([html.from_markdown(_read(folder / "inspect.md"), folder), *marked])
@@ -208,11 +209,11 @@ def _inspection(folder: Path) -> Markup:
 
 def _marked(one: dict[str, Any], between: str) -> Markup:
     """The text before a prediction, and the prediction."""
-    top = max((abs(number(a)) for a in one["attribution"] if a is not None), default=0) or 1.0
-    lost = dict(zip(one["checked"], one["left_out"], strict=True))
+    lost = lost_without(one)
+    top = max((abs(a) for a in lost if a is not None), default=0) or 1.0
     tokens = []
-    for n, (token, value) in enumerate(zip(one["tokens"], one["attribution"], strict=True)):
-        said = f"{n}: {_short(value)}" + (f", left out {_short(lost[n])}" if n in lost else "")
+    for n, (token, value, slope) in enumerate(zip(one["tokens"], lost, one["attribution"], strict=True)):
+        said = f"{n}: " + ("" if value is None else f"left out {_short(value)}, ") + f"gradient {_short(slope)}"
         kind = "for" if number(value) > 0 else "against"
         strength = 0.0 if value is None else STRONGEST * abs(value) / top
         tokens.append(text("span", token, class_=kind, style=f"--a:{strength:.3f}", title=said))

@@ -157,9 +157,10 @@ def test_tokens_are_marked_by_their_attribution(run):
     assert '</span> <span class="against"' not in source
     marked = [a for t, a in page.tags if t == "span" and "title" in a]
     assert [(a["class"], a["style"]) for a in marked] == [
-        ("for", "--a:0.375"), ("against", "--a:0.750"), ("against", "--a:0.000"), ("against", "--a:0.000"),
+        ("for", "--a:0.188"), ("against", "--a:0.750"), ("against", "--a:0.000"), ("against", "--a:0.000"),
     ]  # fmt: skip
-    assert [a["title"] for a in marked] == ["0: 0.2, left out 0.125", "1: -0.4, left out -0.5", "2: nan", "3: 0"]
+    titles = ["0: left out 0.125, gradient 0.2", "1: left out -0.5, gradient -0.4", "2: gradient nan", "3: gradient 0"]
+    assert [a["title"] for a in marked] == titles
     assert HOSTILE in page.said("span")
     assert page.said("b") == "</b>"
     assert "agreement of both attributions 0.50" in page.said("p")

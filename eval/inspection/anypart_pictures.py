@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.inspection.attribution import lost_without
 from eval.inspection.figures import (
     LABELLED,
     Found,
@@ -144,8 +145,8 @@ def _columns(values: Sequence[Any]) -> list[np.ndarray]:
 
 
 def attribution(found: Found) -> Any:
-    """Of each target: the text before it, blue where a token speaks for the target and red where against it, and below it both
-    attributions along the text."""
+    """Of each target: the text before it, blue where a token speaks for the target and red where against it by leave-one-out, and
+    below it both attributions along the text."""
     targets = found["targets"]
     laid = [_lay(one, int(found["spaced"])) for one in targets]
     heights = [h for lines in laid for h in (0.5 + 0.24 * (1 + lines[-1][2]), 1.7)]
@@ -159,11 +160,12 @@ def attribution(found: Found) -> Any:
 
 
 def _lay(one: Found, gap: int) -> list[tuple[str, int, int, float]]:
-    """(token, column, line, attribution) of the last tokens, ``gap`` columns apart; lines break where they are full and after the
+    """(token, column, line, leave-one-out) of the last tokens, ``gap`` columns apart; lines break where they are full and after the
     end of one."""
     found, column, line = [], 0, 0
-    top = max((abs(number(a)) for a in one["attribution"]), default=0) or 1.0
-    for token, value in list(zip(one["tokens"], one["attribution"], strict=True))[-SHOWN:]:
+    lost = lost_without(one)
+    top = max((abs(a) for a in lost if a is not None), default=0) or 1.0
+    for token, value in list(zip(one["tokens"], lost, strict=True))[-SHOWN:]:
         word = short(token)
         width = len(word.replace(r"\$", "$"))
         if column + width > COLUMNS:

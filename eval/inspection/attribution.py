@@ -32,6 +32,13 @@ TOKENS = 1 << 14  # in one forward
 SEED = 0
 
 
+def lost_without(one: dict[str, Any]) -> list[float | None]:
+    """Of a stored target, for each past token: its leave-one-out, None where that was not tried. Pictures colour by it: where a
+    prediction is certain, its gradient is noise."""
+    tried = dict(zip(one["checked"], one["left_out"], strict=True))
+    return [tried.get(token) for token in range(len(one["tokens"]))]
+
+
 class Target(NamedTuple):
     window: int
     at: int  # the last token that is read
