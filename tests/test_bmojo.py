@@ -514,7 +514,7 @@ def test_state_travels(tmp_path: Any):
 
 REFUSED = [
     ({"ssm": {"kind": "attention"}}, "no linear-time mixer"),
-    ({"ssm": {"kind": "mamba"}}, "unknown mixer kind 'mamba'"),
+    ({"ssm": {"kind": "mambo"}}, "unknown mixer kind 'mambo'"),
     ({"m_f": 5, "window": 4}, "m_f=5 is more than the window=4"),
     ({"m_f": 2, "fading_mode": "band"}, "says itself how many"),
     ({"window": 0}, "window=0"),
