@@ -267,6 +267,8 @@ def complete(cfg: RunConfig, data: Corpus | Synthetic) -> RunConfig:
     if model.learned_positions and cfg.data.seq_len > model.max_seq_len:
         limit = f"model.max_seq_len={model.max_seq_len}"
         raise UserError(f"data.seq_len={cfg.data.seq_len} is longer than the learned positions, {limit}")
+    if isinstance(data, Corpus) and (longest := max(cfg.eval.length, default=0)) > (held := max(data.val.lengths)):
+        raise UserError(f"eval.length: no held-out document has {longest} tokens, the longest has {held}")
     return dataclasses.replace(cfg, model=model)
 
 

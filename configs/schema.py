@@ -79,14 +79,11 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # lm-eval tasks, or "corpus": tasks made from the run's own validation text
     limit: int | None = None
     baselines: bool = False  # byte n-gram count models and xz on the same text
-    recall: tuple[
-        str, ...
-    ] = ()  # other settings of a synthetic task, each as "data.KEY=VALUE ...", that the run is judged on too
+    # Other settings of a synthetic task, each as "data.KEY=VALUE ...", that the run is judged on too.
+    recall: tuple[str, ...] = ()
     frequency: int = 0  # validation loss by how often the last so-many tokens were seen in training; 0: not
     length: tuple[int, ...] = ()  # context lengths at which long held-out documents are scored
-    suites: tuple[
-        str, ...
-    ] = ()  # suites of synthetic tasks (`eval.suites`), asked while the run trains and when it ends
+    suites: tuple[str, ...] = ()  # of synthetic tasks (`eval.suites`), asked while the run trains and when it ends
     suite_every: int = 0  # steps; 0: twenty times in a run
     suite_rows: int = 512  # over all tasks of a suite, each time
 

@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "--include-path", action="append", default=[], metavar="DIR", help="a folder with task YAMLs (repeatable)"
     )
     p.add_argument("--batch-size", default="auto", help="auto, or a number of rows")
-    p.add_argument("--max-length", type=int, help="longest context; longer requests are cut on the left, and counted")
+    p.add_argument(
+        "--max-length", type=int, help="longest context of lm-eval; longer requests are cut on the left, and counted"
+    )
     p.add_argument(
         "--rolling", default="windows", help="documents in windows (as lm_eval --model hf), or 'carry' the state along"
     )
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", help="float32, bfloat16, float16; default: that of the weights")
     p.add_argument("--step", type=int, help="an older checkpoint")
     p.add_argument("--progress", type=float, metavar="P", help="as if training had come so far, 0 to 1 (temperatures)")
-    p.add_argument("--out", metavar="FILE", help="results as JSON; default: RUN/eval/<name>_<step>.json")
+    p.add_argument("--out", metavar="FILE", help="lm-eval's results as JSON; default: RUN/eval/<name>_<step>.json")
     p.add_argument("--log-samples", action="store_true", help="also keep every request and answer")
     p.add_argument("--no-cache", action="store_true", help="neither use nor keep results of single requests")
     p.add_argument("--tables", metavar="KIND", help="where tables are kept: resident, host, or mmap (left in the file)")
@@ -65,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in suites:
         if suite(name).synthetic or suite(name).lengths:
             print(f"\nsuite {name}: {suite(name).about}")
-            print(table(evaluate(args.run, name, rows=args.rows, device=args.device, dtype=args.dtype, step=args.step)))
+            how = {key: getattr(args, key) for key in ("rows", "device", "dtype", "step", "progress", "tables")}
+            print(table(evaluate(args.run, name, **how)))
     return 0
 
 

@@ -19,6 +19,7 @@ from eval import length, needle, recall
 from eval.run import LoadedRun, open_run, pick_device, pick_dtype
 from eval.tables import markdown
 from models import LM, UserError
+from models.config import ModelConfig
 from models.errors import nearest
 from models.folder import load_model, run_config
 from models.parsing import from_dict
@@ -96,14 +97,14 @@ def ask(
     rows: int,
     autocast: Callable[[], Any] = nullcontext,
     w: World | None = None,
-    progress: bool = False,
+    bar: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Every synthetic task of a suite, ``rows`` validation rows of each, the same ones every time -> by name `recall.measure` with
-    ``guess``; ``{"skipped": why}`` of a task that the model has too few ids for. The model is in eval mode."""
+    ``guess``; ``{"skipped": why}`` of a task that does not fit the model. The model is in eval mode."""
     found: dict[str, dict[str, Any]] = {}
-    for task in tqdm(suite(name).synthetic, f"suite {name}", leave=False, disable=None if progress else True):
+    for task in tqdm(suite(name).synthetic, f"suite {name}", leave=False, disable=None if bar else True):
         try:
-            data = feed(model.cfg.vocab_size, *suite(name).synthetic[task])
+            data = feed(model.cfg, *suite(name).synthetic[task])
         except DataError as error:
             found[task] = {"skipped": str(error)}
             continue
@@ -114,13 +115,14 @@ def ask(
     return found
 
 
-def feed(vocab_size: int, seq_len: int, settings: Mapping[str, Any]) -> Synthetic:
-    """A task with all the ids of a model. Raises DataError where these are too few."""
-    raw = dict(settings) if settings["kind"] in FIXED else {**settings, "vocab_size": vocab_size}
-    cfg = from_dict(DataConfig, {"seq_len": seq_len, "synthetic": raw})
-    data = Synthetic(cfg)
-    if data.vocab_size > vocab_size:
-        raise DataError(f"the task has {data.vocab_size} ids, the model only {vocab_size}")
+def feed(model: ModelConfig, seq_len: int, settings: Mapping[str, Any]) -> Synthetic:
+    """A task with all the ids of a model. Raises DataError where these, or its learned positions, are too few."""
+    raw = dict(settings) if settings["kind"] in FIXED else {**settings, "vocab_size": model.vocab_size}
+    data = Synthetic(from_dict(DataConfig, {"seq_len": seq_len, "synthetic": raw}))
+    if data.vocab_size > model.vocab_size:
+        raise DataError(f"the task has {data.vocab_size} ids, the model only {model.vocab_size}")
+    if model.learned_positions and seq_len > model.max_seq_len:
+        raise DataError(f"its rows have {seq_len} places, the model only {model.max_seq_len} learned positions")
     return data
 
 
@@ -152,13 +154,16 @@ def evaluate(
     device: str = "auto",
     dtype: str | None = None,
     step: int | None = None,
-    progress: bool = True,
+    progress: float | None = None,
+    tables: str | None = None,
+    bar: bool = True,
 ) -> dict[str, Any]:
     """A suite but for its lm-eval tasks, on a run of any kind or an exported model -> results laid out as lm-eval's and written to
-    ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. Raises UserError."""
+    ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. ``progress`` and
+    ``tables`` as of `eval.run.open_run`. Raises UserError."""
     wanted = suite(name)
-    model, run, at = open_any(path, device, dtype, step)
-    asked = ask(model, name, rows, progress=progress)
+    model, run, at = open_any(path, device, dtype, step, progress, tables)
+    asked = ask(model, name, rows, bar=bar)
     results: dict[str, Any] = {"results": {}, "n-samples": {}, "config": {"step": at, "suite": name}, "tasks": asked}
     for task, one in asked.items():
         if "accuracy" in one:
@@ -175,12 +180,21 @@ def evaluate(
     return results
 
 
-def open_any(path: Path | str, device: str, dtype: str | None, step: int | None) -> tuple[LM, LoadedRun | None, int]:
+def open_any(
+    path: Path | str,
+    device: str = "auto",
+    dtype: str | None = None,
+    step: int | None = None,
+    progress: float | None = None,
+    tables: str | None = None,
+) -> tuple[LM, LoadedRun | None, int]:
     """-> (model in eval mode, the run with its tokenizer where it was trained on text, step)."""
     if not trained_on_a_task(path):
-        run = open_run(path, device, dtype, step)
+        run = open_run(path, device, dtype, step, progress=progress, tables=tables)
         return run.model, run, run.step
-    model, folder = load_model(Path(path), pick_device(device), pick_dtype(dtype), step=step)
+    model, folder = load_model(Path(path), pick_device(device), pick_dtype(dtype), step, tables)
+    if progress is not None:
+        model.progress.fill_(progress)
     return model, None, int(folder.name.removeprefix("step_"))
 
 

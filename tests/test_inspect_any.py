@@ -14,6 +14,7 @@ from data import ByteTokenizer
 from data.synthetic.task import NO_ANSWER
 from eval import inspect
 from eval.inspection import anypart, attention, attribution, states
+from eval.inspection.numbers import rank_correlation
 from eval.inspection.text import Text, cut, loss
 from eval.run import open_run
 from models import LM, Batch, UserError, build, model_config
@@ -258,10 +259,10 @@ def test_attribution_is_leave_one_out_to_first_order():
 def test_rank_correlation_against_numpy():
     a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ranks = [np.argsort(np.argsort(x.numpy())) for x in (a, b)]
-    assert attribution.rank_correlation(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1], rel=1e-10)
-    assert attribution.rank_correlation(a, a.exp()) == pytest.approx(1)
-    assert attribution.rank_correlation(a, torch.zeros(50)) is None
-    assert attribution.rank_correlation(a[:2], b[:2]) is None
+    assert rank_correlation(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1], rel=1e-10)
+    assert rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert rank_correlation(a, torch.zeros(50)) is None
+    assert rank_correlation(a[:2], b[:2]) is None
 
 
 def test_gains_are_losses_with_a_shuffled_past():

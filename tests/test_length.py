@@ -13,7 +13,7 @@ from eval import length
 from eval.corpus_tasks import open_run_corpus
 from eval.run import open_run
 from models import Batch, UserError
-from tests.runs import PLAIN, train, write_config
+from tests.runs import PLAIN, one_error, train, write_config
 
 LENGTHS = (8, 32, 64)
 
@@ -80,6 +80,15 @@ def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_refused(trained: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
     assert length.main([str(trained), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_refused_before_training(trained: Path):
+    path = trained.parents[1] / "small.yaml"
+    one_error(
+        train(path, "name=refused", "eval.length=[1048576]"), "eval.length: no held-out document has 1048576 tokens"
+    )
+    one_error(train(path, "name=refused", "eval.length=[24, 32]"), "24 does not divide the longest, 32")
+    assert not (trained.parent / "refused").exists()
 
 
 def test_learned_positions_end(trained: Path):

@@ -14,7 +14,7 @@ from configs.question import Metric
 from eval import recall, suites
 from eval.__main__ import main
 from eval.ablation import read_metric
-from models import UserError
+from models import UserError, build, model_config
 from tests.runs import PLAIN, metrics, one_error, train, write_config
 
 TASKS = ("induction", "copying", "selective_copying", "mqar", "needle", "variable_tracking")
@@ -45,7 +45,7 @@ def test_asked_while_it_trains(trained: Path):
 
 def test_the_same_figures_afterwards(trained: Path):
     """Of the same rows; and a run's last figures are metrics of an ablation."""
-    model, run, step = suites.open_any(trained, "cpu", None, None)
+    model, run, step = suites.open_any(trained, "cpu")
     assert run is not None
     assert step == 12
     during = suites.during(model, ["recall"], 20)["recall"]
@@ -59,8 +59,8 @@ def test_the_same_figures_afterwards(trained: Path):
 
 def test_rows_are_those_of_the_task(trained: Path):
     """What a suite says of a task is `eval.recall.measure` of it with all the ids of the model."""
-    model, _, _ = suites.open_any(trained, "cpu", None, None)
-    data = suites.feed(model.cfg.vocab_size, *suites.suite("recall").synthetic["mqar"])
+    model, _, _ = suites.open_any(trained, "cpu")
+    data = suites.feed(model.cfg, *suites.suite("recall").synthetic["mqar"])
     assert data.vocab_size == model.cfg.vocab_size
     model.eval()
     found = recall.measure(model, data, data.once(10, 3))
@@ -69,7 +69,7 @@ def test_rows_are_those_of_the_task(trained: Path):
 
 
 def test_asking_changes_nothing(trained: Path):
-    model, _, _ = suites.open_any(trained, "cpu", None, None)
+    model, _, _ = suites.open_any(trained, "cpu")
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.train()
     suites.during(model, ["recall", "memory"], 12)
@@ -100,10 +100,24 @@ def test_long_contexts_of_text(trained: Path, monkeypatch: pytest.MonkeyPatch):
     """As far as the held-out documents reach; beyond, it is said."""
     short = suites.Suite("short", synthetic={}, lengths=(16, 64), needles=(1 << 20,))
     monkeypatch.setitem(suites.SUITES, "long", short)
-    found = suites.evaluate(trained, "long", device="cpu", progress=False)
+    found = suites.evaluate(trained, "long", device="cpu", bar=False)
     assert {"loss_16,none", "loss_64,none"} <= set(found["results"]["long.text_length"])
     assert "skipped" in found["tasks"]["text needle"]
     assert "long.text needle was left out" in suites.table(found)
+
+
+def test_rows_that_are_longer_than_learned_positions():
+    """Are left out, in training too, and said."""
+    model = build(model_config({**PLAIN, "vocab_size": 130, "learned_positions": True, "max_seq_len": 100})).eval()
+    found = suites.ask(model, "memory", 2)
+    assert "accuracy" in found["listops"]
+    assert found["flip_flop"] == {"skipped": "its rows have 128 places, the model only 100 learned positions"}
+    assert list(suites.during(model, ["memory"], 6)["memory"]) == ["listops"]
+
+
+def test_how_a_run_is_opened(trained: Path):
+    model, _, _ = suites.open_any(trained, "cpu", progress=0.25)
+    assert model.progress.item() == 0.25
 
 
 @pytest.mark.parametrize(
@@ -127,6 +141,7 @@ def test_refused_before_training(trained: Path):
 
 
 def test_every_suite_fits_a_byte_vocabulary():
+    model = model_config({**PLAIN, "vocab_size": 257})
     for name, one in suites.SUITES.items():
         for task, asked in one.synthetic.items():
-            assert suites.feed(257, *asked).task.guess() < 0.7, (name, task)
+            assert suites.feed(model, *asked).task.guess() < 0.7, (name, task)

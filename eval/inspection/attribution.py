@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.synthetic.task import NO_ANSWER
-from eval.inspection.numbers import plain
+from eval.inspection.numbers import plain, rank_correlation
 from eval.inspection.text import ROWS, Text
 from eval.scoring import pad
 from models import LM, Batch, UserError
@@ -165,15 +165,6 @@ def fillers_of(text: Text, count: int = FILLERS) -> list[int]:
     kinds = torch.tensor(text.ids)
     order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(SEED))
     return list(dict.fromkeys(kinds[order].tolist()))[:count]
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's; None where one of them is constant or there are fewer than three."""
-    from scipy.stats import spearmanr
-
-    if len(a) < 3 or not bool(a.isfinite().all() and b.isfinite().all()) or a.min() == a.max() or b.min() == b.max():
-        return None
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # -- plain numbers

@@ -23,7 +23,7 @@ from eval.inspection.bmojo_pictures import draw
 from eval.inspection.bmojo_recall import recall
 from eval.inspection.bmojo_watch import Kept, Seen, final_sets, observe, observe_archive
 from eval.inspection.curves import curves
-from eval.inspection.numbers import number, plain
+from eval.inspection.numbers import number, plain, rank_correlation
 from eval.inspection.text import Text
 from eval.run import LoadedRun
 from eval.tables import markdown
@@ -139,9 +139,8 @@ def _kept(part: BMojo, seen: Seen, final: Tensor) -> dict[str, Any]:
         "final": final,
         "mean": sum(map(len, sets)) / max(1, int((kept.before > 0).sum())),  # per chunk that has a past
         "turnover": turnover,  # by chunk, from the second on: the share of its set that was not in the one before
-        "turnover_iid": [
-            1 / c for c in chunks
-        ],  # of scores without an order in time, where there are more tokens than slots
+        # of scores without an order in time, where there are more tokens than slots
+        "turnover_iid": [1 / c for c in chunks],
         "mean_turnover": torch.tensor(turnover[1:]).mean() if turnover[1:] else None,
         "age": _ages(ages),
         "score": torch.quantile(seen.score, torch.tensor(QUANTILES)),
@@ -254,7 +253,7 @@ def changes(earlier: LM, model: LM, text: Text) -> dict[str, Any]:
         later = was.kept.position >= mixers(earlier)[n].cfg.window
         one: dict[str, Any] = {"layer": n, "shares": was.shares[later].mean((0, 1)), "other": None, "agreement": None}
         if was.score is not None and now.score is not None:
-            one |= {"other": _other(was.kept, now.kept), "agreement": _rank_correlation(was.score, now.score)}
+            one |= {"other": _other(was.kept, now.kept), "agreement": rank_correlation(was.score, now.score)}
         found.append(plain(one))
     return {"layers": found}
 
@@ -264,19 +263,6 @@ def _other(was: Kept, now: Kept) -> Tensor:
     there = now.token >= 0
     old = (now.token[:, :, None] == was.token[:, None]).any(2) & there
     return 1 - old.sum() / there.sum()
-
-
-def _rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's; None where one of them is constant."""
-    if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
-        return None
-    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
-
-
-def _ranks(x: Tensor) -> Tensor:
-    """fp64 [N]; equal values share the mean of theirs."""
-    _, which, count = x.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2).double()[which]
 
 
 # -- for reading

@@ -51,10 +51,9 @@ class Seen(NamedTuple):
     shares: Tensor | None = None  # fp64 [N, H, 3], weights on the kinds of keys (`bmojo_attention.KINDS`), 1 in all
     keys: Tensor | None = None  # [N, 3], keys of each kind that a query sees
     given: Tensor | None = None  # fp64 [N], to each token by all later queries while it was kept, mean over heads
-    ages: Tensor | None = (
-        None  # fp64 [3, L], by age in tokens: kept tokens that queries see, the weight on them, and what the
-    )
-    # first would be if the set were drawn evenly from all tokens before the chunk
+    # fp64 [3, L], by age in tokens: kept tokens that queries see, the weight on them, and what the first would be if the set were
+    # drawn evenly from all tokens before the chunk
+    ages: Tensor | None = None
     error: float = 0.0  # the largest difference of the attention that these shares make from what the layer made
 
 

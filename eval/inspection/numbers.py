@@ -24,3 +24,12 @@ def plain(value: Any, digits: int = 6) -> Any:
 def number(value: float | None) -> float:
     """What was no number, as NaN again."""
     return math.nan if value is None else float(value)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's; None where one of them is constant or there are fewer than three."""
+    from scipy.stats import spearmanr
+
+    if len(a) < 3 or not bool(a.isfinite().all() and b.isfinite().all()) or a.min() == a.max() or b.min() == b.max():
+        return None
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)  # pyright: ignore[reportAttributeAccessIssue]

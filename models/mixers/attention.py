@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.rope import rope_table, rotate, split_rotate
 from models.errors import UserError
-from models.mixers.pieces import ROWS, ShortConv, rows_of
+from models.mixers.pieces import ROWS, ShortConv, host_may_look, ring_positions, rows_of
 from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, State, build_norm, count_params, normal_, reset_norm
 
 
@@ -164,7 +164,7 @@ class Attention(Part):
 
     def _view_of_state(self, ctx: Ctx, state: AttentionState) -> View:
         extent, T = self._extent(state, ctx), ctx.tokens.shape[1]
-        if ctx.valid is None and not self._is_ring(ctx) and _host_may_look(ctx):
+        if ctx.valid is None and not self._is_ring(ctx) and host_may_look(ctx):
             last = ctx.positions[:, -1]
             if bool((last == last[0]).all()):  # all rows are equally long: no mask where it would say nothing
                 if T == 1:
@@ -193,7 +193,7 @@ class Attention(Part):
     def _extent(self, state: AttentionState, ctx: Ctx) -> int:
         """How many slots can be occupied. The host may only look where looking is free."""
         capacity = state.k.shape[2]
-        if not _host_may_look(ctx):
+        if not host_may_look(ctx):
             return capacity
         needed = max(int(ctx.positions.max()) + 1, 1)
         if needed > capacity and capacity != self.cfg.window:
@@ -208,9 +208,9 @@ class Attention(Part):
         """Absolute position of each key that `_remember` returns, negative where there is none: [B, S]."""
         size = state.k.shape[2]
         if not self._is_ring(ctx):
-            return _ring_positions(_last(ctx), size)[:, :extent]
+            return ring_positions(_last(ctx), size)[:, :extent]
         new = ctx.positions if ctx.valid is None else ctx.positions.masked_fill(~ctx.valid, -1)
-        return torch.cat((_ring_positions(_before(ctx), size), new), dim=1)
+        return torch.cat((ring_positions(_before(ctx), size), new), dim=1)
 
     def _remember(
         self, state: AttentionState, k: Tensor, v: Tensor, ctx: Ctx, donate: bool, extent: int
@@ -263,11 +263,6 @@ class Attention(Part):
         return Cost(params, params, matmul + scores, state)
 
 
-def _host_may_look(ctx: Ctx) -> bool:
-    """Reading a tensor's values waits for nothing on a CPU; a compiled graph must not depend on them."""
-    return ctx.positions.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _before(ctx: Ctx) -> Tensor:
     """The newest position before this call, -1 for none: [B, 1]."""
     first = ctx.positions[:, :1]
@@ -277,12 +272,6 @@ def _before(ctx: Ctx) -> Tensor:
 def _last(ctx: Ctx) -> Tensor:
     """The newest position after this call: [B, 1]."""
     return ctx.positions[:, -1:]
-
-
-def _ring_positions(last: Tensor, size: int) -> Tensor:
-    """last [B, 1], the newest position written -> the position in each of `size` slots, negative where empty: [B, size]."""
-    slot = torch.arange(size, device=last.device)
-    return last - (last - slot) % size
 
 
 def _write_latest(

@@ -14,8 +14,8 @@ from kernels.rope import rope_table, rotate
 from models.mixers.bmojo_archive import Rows as Stored
 from models.mixers.bmojo_keys import Keys, Places, Tokens
 from models.mixers.bmojo_scores import rank
-from models.mixers.bmojo_state import BMojoState, Line, Now, host_may_look, put, ring_positions, take
-from models.mixers.pieces import Rows
+from models.mixers.bmojo_state import BMojoState, Line, Now, put, take
+from models.mixers.pieces import Rows, host_may_look, ring_positions
 from models.types import Ctx
 
 

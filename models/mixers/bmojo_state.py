@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.mixers.pieces import host_may_look
 from models.types import Ctx, State
 
 
@@ -52,9 +53,7 @@ class Line(NamedTuple):
     start: Tensor  # int64 [B, 1], the position of the first new token
     end: Tensor  # int64 [B, 1], and past the last one
     nth: Tensor  # int64 [B, T], the n-th valid token
-    position: (
-        Tensor  # int64 [B, N], of each cell; those at ``end`` and after it are empty, of which there is one at least
-    )
+    position: Tensor  # int64 [B, N], of each cell; those at ``end`` and after it are empty, one of them at least
     size: int  # W
 
     @property
@@ -105,17 +104,6 @@ def line_of(ctx: Ctx, size: int, back: int) -> Line:
     if host_may_look(ctx):
         cells = int((end - base).max()) + 1
     return Line(start, end, nth, base + torch.arange(cells, device=start.device), size)
-
-
-def host_may_look(ctx: Ctx) -> bool:
-    """Reading a tensor's values waits for nothing on a CPU; a compiled graph must not depend on them."""
-    return ctx.positions.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def ring_positions(t: Tensor, size: int) -> Tensor:
-    """t [B, 1], the newest position -> the position in each slot of a ring, negative where it is empty: [B, size]."""
-    slot = torch.arange(size, device=t.device)
-    return t - (t - slot) % size
 
 
 def _start(ctx: Ctx) -> Tensor:

@@ -43,7 +43,7 @@ def rows_of(ctx: Ctx, state: State | None) -> Rows:
     if ctx.cu_seqlens is not None:  # invalid tokens stand in segments of their own
         return Rows(ctx.cu_seqlens)
     valid = ctx.valid
-    if valid is None or (valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all())):
+    if valid is None or (host_may_look(ctx) and bool(valid.all())):
         return Rows()
     if state is not None and valid.shape[1] == 1:
         return Rows(index=valid.long() - 1)
@@ -54,6 +54,17 @@ def rows_of(ctx: Ctx, state: State | None) -> Rows:
     token = torch.arange(len(flat), device=flat.device)
     place = torch.where(flat, before - 1, before[-1] + token - before)
     return Rows(cu_seqlens, torch.empty_like(place).scatter_(0, place, token), place)
+
+
+def host_may_look(ctx: Ctx) -> bool:
+    """Reading a tensor's values waits for nothing on a CPU; a compiled graph must not depend on them."""
+    return ctx.positions.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def ring_positions(last: Tensor, size: int) -> Tensor:
+    """last [B, 1], the newest position written -> the position in each slot of a ring, negative where empty: [B, size]."""
+    slot = torch.arange(size, device=last.device)
+    return last - (last - slot) % size
 
 
 class ShortConv(nn.Module):
