@@ -51,6 +51,9 @@ def test_the_same_figures_afterwards(trained: Path):
     during = suites.during(model, ["recall"], 20)["recall"]
     (logged,) = [line["suite"]["recall"] for line in metrics(trained) if "suite" in line and line["step"] == 12]
     assert during == pytest.approx(logged, abs=1e-9)
+    assert during == {
+        task: one["accuracy"] for task, one in suites.ask(model, "recall", 4).items()
+    }  # 20 over six tasks
     stored = json.loads((trained / "eval" / "suite-recall_12.json").read_text())
     for task in TASKS:
         assert stored["results"][f"recall.{task}"]["acc,none"] == stored["tasks"][task]["accuracy"]
