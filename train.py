@@ -30,6 +30,7 @@ from configs.schema import RunConfig
 from data import Corpus, Loader, Stream, Synthetic, open_corpus, prepare
 from eval import recall, suites
 from eval.generate import sample_text
+from eval.run import open_run
 from eval.validation import sentence, validate
 from models import LM, Batch, UserError, build, zoo
 from models.errors import guard
@@ -325,7 +326,7 @@ def check_judge(cfg: RunConfig) -> None:
 def judge(cfg: RunConfig, folder: Path) -> None:
     """The last sample, and what the run's `eval` section asks for, on the finished run; of a synthetic task its accuracy."""
     for name in cfg.eval.suites:
-        print(suites.table(suites.evaluate(folder, name, device=cfg.train.device)))
+        print(suites.table(suites.evaluate(open_run(folder, cfg.train.device, tasks=True), name)))
     if cfg.data.synthetic is not None:
         for changes in ("", *cfg.eval.recall):
             print(recall.table(recall.evaluate(folder, changes.split(), device=cfg.train.device)))
@@ -342,7 +343,6 @@ def judge(cfg: RunConfig, folder: Path) -> None:
         print(frequency.table(frequency.run_frequency(folder, cfg.eval.frequency, cfg.train.device)))
     if cfg.eval.length:
         from eval import length
-        from eval.run import open_run
 
         print(length.table(length.evaluate(open_run(folder, cfg.train.device), cfg.eval.length)))
     if cfg.eval.tasks:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from eval.suites import ROWS, SUITES, evaluate, suite, table, trained_on_a_task
-from models import UserError, zoo
+from eval.run import LoadedRun, open_run
+from eval.suites import ROWS, SUITES, evaluate, suite, table
+from models import UserError
 from models.errors import guard
 
 EXAMPLE = """examples:
@@ -55,20 +56,20 @@ def parser() -> argparse.ArgumentParser:
 @guard
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    suites, tasks = _words(args.suite), _words(args.tasks)
+    suites, tasks = {name: suite(name) for name in _words(args.suite)}, _words(args.tasks)
     if not tasks and not suites:
         raise UserError("give --tasks, --suite or both")
     if args.rows < 1:
         raise UserError(f"--rows must be at least 1, got {args.rows}")
-    of_text = [task for name in suites for task in suite(name).tasks]
-    if tasks or (of_text and not trained_on_a_task(args.run)):
-        _lm_eval(args, [*tasks, *of_text])
-    zoo.allow_foreign(args.allow_foreign)
-    for name in suites:
-        if suite(name).synthetic or suite(name).lengths:
-            print(f"\nsuite {name}: {suite(name).about}")
-            how = {key: getattr(args, key) for key in ("rows", "device", "dtype", "step", "progress", "tables")}
-            print(table(evaluate(args.run, name, **how)))
+    how = (args.device, args.dtype, args.step, args.allow_foreign, args.progress, args.tables)
+    run = open_run(args.run, *how, tasks=not tasks)
+    if run.task is None:
+        tasks += [task for one in suites.values() for task in one.tasks]
+    if tasks:
+        _lm_eval(run, args, tasks)
+    for name, one in suites.items():
+        print(f"\nsuite {name}: {one.about}")
+        print(table(evaluate(run, name, args.rows)))
     return 0
 
 
@@ -76,12 +77,10 @@ def _words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def _lm_eval(args: argparse.Namespace, tasks: list[str]) -> None:
+def _lm_eval(run: LoadedRun, args: argparse.Namespace, tasks: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from eval.judge import evaluate, print_table
-    from eval.run import open_run
 
-    run = open_run(args.run, args.device, args.dtype, args.step, args.allow_foreign, args.progress, args.tables)
     results = evaluate(
         run,
         tasks,

@@ -4,11 +4,9 @@ any run, also of one that was never trained on them, with all the ids that its m
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -16,12 +14,11 @@ from tqdm import tqdm
 from data import DataConfig, DataError
 from data.synthetic.feed import Synthetic
 from eval import length, needle, recall
-from eval.run import LoadedRun, open_run, pick_device, pick_dtype
+from eval.run import LoadedRun
 from eval.tables import markdown
 from models import LM, UserError
 from models.config import ModelConfig
 from models.errors import nearest
-from models.folder import load_model, run_config
 from models.parsing import from_dict
 from training.parallel import World
 from training.runfolder import write_whole
@@ -146,63 +143,30 @@ def during(
 # -- when it is finished
 
 
-def evaluate(
-    path: Path | str,
-    name: str,
-    *,
-    rows: int = ROWS,
-    device: str = "auto",
-    dtype: str | None = None,
-    step: int | None = None,
-    progress: float | None = None,
-    tables: str | None = None,
-    bar: bool = True,
-) -> dict[str, Any]:
-    """A suite but for its lm-eval tasks, on a run of any kind or an exported model -> results laid out as lm-eval's and written to
-    ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. ``progress`` and
-    ``tables`` as of `eval.run.open_run`. Raises UserError."""
+def evaluate(run: LoadedRun, name: str, rows: int = ROWS, bar: bool = True) -> dict[str, Any]:
+    """A suite but for its lm-eval tasks, on a run of text or on a task, or an exported model -> results laid out as lm-eval's and
+    written to ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. Raises UserError."""
     wanted = suite(name)
-    model, run, at = open_any(path, device, dtype, step, progress, tables)
-    asked = ask(model, name, rows, bar=bar)
-    results: dict[str, Any] = {"results": {}, "n-samples": {}, "config": {"step": at, "suite": name}, "tasks": asked}
+    asked = ask(run.model, name, rows, bar=bar)
+    results: dict[str, Any] = {
+        "results": {},
+        "n-samples": {},
+        "config": {"step": run.step, "suite": name},
+        "tasks": asked,
+    }
     for task, one in asked.items():
         if "accuracy" in one:
             label = f"{name}.{task}"
             results["results"][label] = {"alias": label, "acc,none": one["accuracy"], "nll,none": one["loss"]}
             results["n-samples"][label] = {"original": rows, "effective": rows}
-    if run is not None:
+    if run.task is None:
         for module, lengths in ((length, wanted.lengths), (needle, wanted.needles)):
             if lengths:
                 _of_text(results, name, module, run, lengths)
-    target = Path(path) / "eval" / f"suite-{re.sub(r'[^a-z]+', '-', name)}_{at}.json"
+    target = run.dir / "eval" / f"suite-{name}_{run.step}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, json.dumps(results, indent=1) + "\n")
     return results
-
-
-def open_any(
-    path: Path | str,
-    device: str = "auto",
-    dtype: str | None = None,
-    step: int | None = None,
-    progress: float | None = None,
-    tables: str | None = None,
-) -> tuple[LM, LoadedRun | None, int]:
-    """-> (model in eval mode, the run with its tokenizer where it was trained on text, step)."""
-    if not trained_on_a_task(path):
-        run = open_run(path, device, dtype, step, progress=progress, tables=tables)
-        return run.model, run, run.step
-    model, folder = load_model(Path(path), pick_device(device), pick_dtype(dtype), step, tables)
-    if progress is not None:
-        model.progress.fill_(progress)
-    return model, None, int(folder.name.removeprefix("step_"))
-
-
-def trained_on_a_task(path: Path | str) -> bool:
-    """Whether a run knows no text. Raises UserError for what is no run."""
-    path = Path(path)
-    exported = (path / "config.json").is_file() and not (path / "config.yaml").is_file()
-    return not exported and bool((run_config(path).get("data") or {}).get("synthetic"))
 
 
 def _of_text(results: dict[str, Any], name: str, module: Any, run: LoadedRun, lengths: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from configs.question import Metric
 from eval import recall, suites
 from eval.__main__ import main
 from eval.ablation import read_metric
+from eval.run import open_run
 from models import UserError, build, model_config
 from tests.runs import PLAIN, metrics, one_error, train, write_config
 
@@ -45,14 +46,12 @@ def test_asked_while_it_trains(trained: Path):
 
 def test_the_same_figures_afterwards(trained: Path):
     """Of the same rows; and a run's last figures are metrics of an ablation."""
-    model, run, step = suites.open_any(trained, "cpu")
-    assert run is not None
-    assert step == 12
-    during = suites.during(model, ["recall"], 20)["recall"]
+    run = open_run(trained, "cpu")
+    during = suites.during(run.model, ["recall"], 20)["recall"]
     (logged,) = [line["suite"]["recall"] for line in metrics(trained) if "suite" in line and line["step"] == 12]
     assert during == pytest.approx(logged, abs=1e-9)
     assert during == {
-        task: one["accuracy"] for task, one in suites.ask(model, "recall", 4).items()
+        task: one["accuracy"] for task, one in suites.ask(run.model.eval(), "recall", 4).items()
     }  # 20 over six tasks
     stored = json.loads((trained / "eval" / "suite-recall_12.json").read_text())
     for task in TASKS:
@@ -62,7 +61,7 @@ def test_the_same_figures_afterwards(trained: Path):
 
 def test_rows_are_those_of_the_task(trained: Path):
     """What a suite says of a task is `eval.recall.measure` of it with all the ids of the model."""
-    model, _, _ = suites.open_any(trained, "cpu")
+    model = open_run(trained, "cpu").model
     data = suites.feed(model.cfg, *suites.suite("recall").synthetic["mqar"])
     assert data.vocab_size == model.cfg.vocab_size
     model.eval()
@@ -72,7 +71,7 @@ def test_rows_are_those_of_the_task(trained: Path):
 
 
 def test_asking_changes_nothing(trained: Path):
-    model, _, _ = suites.open_any(trained, "cpu")
+    model = open_run(trained, "cpu").model
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.train()
     suites.during(model, ["recall", "memory"], 12)
@@ -103,7 +102,7 @@ def test_long_contexts_of_text(trained: Path, monkeypatch: pytest.MonkeyPatch):
     """As far as the held-out documents reach; beyond, it is said."""
     short = suites.Suite("short", synthetic={}, lengths=(16, 64), needles=(1 << 20,))
     monkeypatch.setitem(suites.SUITES, "long", short)
-    found = suites.evaluate(trained, "long", device="cpu", bar=False)
+    found = suites.evaluate(open_run(trained, "cpu"), "long", bar=False)
     assert {"loss_16,none", "loss_64,none"} <= set(found["results"]["long.text_length"])
     assert "skipped" in found["tasks"]["text needle"]
     assert "long.text needle was left out" in suites.table(found)
@@ -118,15 +117,10 @@ def test_rows_that_are_longer_than_learned_positions():
     assert list(suites.during(model, ["memory"], 6)["memory"]) == ["listops"]
 
 
-def test_how_a_run_is_opened(trained: Path):
-    model, _, _ = suites.open_any(trained, "cpu", progress=0.25)
-    assert model.progress.item() == 0.25
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "recal"], "unknown suite 'recal'; did you mean 'recall'"),
+        (["--suite", "recall,recal"], "unknown suite 'recal'; did you mean 'recall'"),
         (["--suite", "recall", "--rows", "0"], "--rows must be at least 1"),
         ([], "give --tasks, --suite or both"),
     ],
