@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.synthetic.task import NO_ANSWER
 from eval.inspection.numbers import plain, rank_correlation
@@ -136,7 +137,8 @@ def left_out(
     """What log p of the target loses, on average over the fillers, when one stands at each of these places [n], in fp64."""
     rows = [[*read[:s], f, *read[s + 1 :]] for s in places for f in fillers]
     size = max(1, TOKENS // len(read))
-    after = [_log_p(model, rows[i : i + size], target) for i in range(0, len(rows), size)]
+    starts = tqdm(range(0, len(rows), size), "tokens left out", unit="batch", leave=False, disable=None)
+    after = [_log_p(model, rows[i : i + size], target) for i in starts]
     return log_p - torch.cat(after).view(len(places), len(fillers)).mean(1)
 
 

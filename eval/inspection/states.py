@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from eval.inspection.numbers import plain
 from eval.inspection.text import Text
@@ -95,7 +96,7 @@ def measure(model: LM, text: Text, pieces: int = PIECES) -> dict[str, Any]:
     sums: dict[str, dict[int, list[Tensor]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     said: dict[str, list[tuple[int, Tensor]]] = {}
-    for piece in stream(model, text, pieces):
+    for piece in tqdm(stream(model, text, pieces), "states", unit="piece", leave=False, disable=None):
         for name, memory in piece.matrices.items():
             shapes[name] = tuple(memory.shape[1:])
             kept = memory[piece.whole.to(memory.device)]
