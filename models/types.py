@@ -84,6 +84,16 @@ class Aux(NamedTuple):
         return Aux(self.losses | other.losses, self.stats | other.stats, self.writes | other.writes)
 
 
+class Gates(NamedTuple):
+    """What a part that remembers over time forgets and writes at each token, in at least fp32; by default neither is gated.
+
+    H heads, channels, or heads of several memories, memory by memory. NaN where a token does not go to a memory."""
+
+    decay: Tensor | None = None  # log of the share that stays, at most 0: [B, T, H], or [B, T, H, K] per key feature
+    write: Tensor | None = None  # [B, T, H], how strongly: beta of a delta rule, the step size of a state space
+    memories: int = 1  # that divide the heads among them
+
+
 class RowReset(NamedTuple):
     """Rows of a parameter (or row store) that `commit` replaced: the optimizer zeroes their moments."""
 
@@ -177,6 +187,10 @@ class Part(nn.Module):
         buffers away, so they may be reused for the returned state.
         """
         raise NotImplementedError
+
+    def memory_gates(self, x: Tensor, ctx: Ctx) -> Gates | None:
+        """The gates that `forward` uses on whole sequences x [B, T, D], for instruments; None for a part without any."""
+        return None
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype, max_len: int) -> State:
         """Empty memory of `batch` sequences that will see at most `max_len` tokens each."""
