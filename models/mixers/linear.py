@@ -26,10 +26,11 @@ from models.mixers.rules import (
     Retention,
     Rule,
     StateSpace,
+    at_tokens,
     wide,
 )
 from models.parsing import choice
-from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, State, count_params, normal_, reset_norm
+from models.types import Aux, Cost, Ctx, Gates, ParamMeta, Part, Site, State, count_params, normal_, reset_norm
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,11 @@ class LinearMixer(Part):
         else:
             o, state = self._scan(qkv, logits, ctx, state, rows)
         return self.out(self.readout(o, gate if self.cfg.gate else None)), state, Aux()
+
+    def memory_gates(self, x: Tensor, ctx: Ctx) -> Gates:
+        *_, logits = self.project(self.norm(x)).split(self.widths, dim=-1)
+        gates = self.rule.gates(logits)
+        return gates._replace(decay=at_tokens(gates.decay, logits))
 
     def _scan(
         self, qkv: Tensor, logits: Tensor, ctx: Ctx, state: LinearState | None, rows: Rows

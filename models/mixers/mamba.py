@@ -26,6 +26,7 @@ from models.types import (
     Aux,
     Cost,
     Ctx,
+    Gates,
     ParamMeta,
     Part,
     Site,
@@ -130,12 +131,16 @@ class SelectiveStateSpace(nn.Module):
             keys,
             (delta * u).unsqueeze(3),
             state[:, None, :, :, None],
-            delta.unsqueeze(3) * self._rates(),
+            self.decay(delta),
             scale=1.0,
             index=index,
             donate=donate and not torch.is_grad_enabled(),
         )
         return (y.squeeze(3) + self.D * u).to(u.dtype), memory[:, 0, :, :, 0]
+
+    def decay(self, delta: Tensor) -> Tensor:
+        """delta [B, T, D] -> its log, delta A [B, T, D, N]."""
+        return delta.unsqueeze(3) * self._rates()
 
     def init_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Zeros; ``dtype`` is that of the activations."""
@@ -184,6 +189,14 @@ class Mamba(Part):
         else:
             y, state = self._scan(u, ctx, state, rows)
         return self.out(y * F.silu(gate)), state, Aux()
+
+    def memory_gates(self, x: Tensor, ctx: Ctx) -> Gates:
+        """Of each channel; the N numbers of its state are its key features."""
+        u, _ = self.project(self.norm(x)).chunk(2, dim=-1)
+        rows: Rows = ctx.shared[ROWS]
+        u, _ = self.conv(rows.pack(u), cu_seqlens=rows.cu_seqlens)
+        delta = rows.unpack(self._select(u)[0], len(x))
+        return Gates(self.ssm.decay(delta), delta)
 
     def _scan(self, u: Tensor, ctx: Ctx, state: MambaState | None, rows: Rows) -> tuple[Tensor, MambaState | None]:
         """u [B, T, D] -> (y [B, T, D], the state after these tokens)."""

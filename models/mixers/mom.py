@@ -25,10 +25,10 @@ from kernels.routing import Routes, combine, route, spread
 from models import zoo
 from models.errors import UserError
 from models.mixers.linear import LinearConfig
-from models.mixers.rules import wide
+from models.mixers.rules import at_tokens, wide
 from models.parsing import choice
 from models.routers import balance, router_logits
-from models.types import Aux, Cost, Ctx, ParamMeta, Part, Site, State, count_params, normal_, reset_norm
+from models.types import Aux, Cost, Ctx, Gates, ParamMeta, Part, Site, State, count_params, normal_, reset_norm
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,30 @@ class MoM(Part):
             aux = self._aux(chosen, routes, ctx)
         return self.out(self.readout(o, gate if self.common[1] else None)), state, aux
 
+    def memory_gates(self, x: Tensor, ctx: Ctx) -> Gates:
+        """Of all heads of every memory, the shared one last; NaN at tokens that do not go to it."""
+        h = self.norm(x)
+        q, _ = self.project(h).split(self.common, dim=-1)
+        chosen = self._choose(h, ctx)
+        routes = self._route(chosen, ctx)
+        _, logits = self._rows(h.to(q.dtype), q, routes)
+        decay, write, _ = self.rule.gates(logits)
+        decay, write = (
+            None if gate is None else self._at_memories(gate[0], chosen, routes, ctx)
+            for gate in (at_tokens(decay, logits), write)
+        )
+        return Gates(decay, write, self.memories)
+
+    def _at_memories(self, gate: Tensor, chosen: Choice, routes: Routes, ctx: Ctx) -> Tensor:
+        """gate [N, H, ...] of flat rows -> [B, T, M H, ...]."""
+        slots = gate[routes.inv]  # [B, T, S, H, ...]
+        if ctx.valid is not None:
+            slots = torch.where(ctx.valid.view(*ctx.valid.shape, *[1] * (slots.ndim - 2)), slots, torch.nan)
+        index = self._with_shared(chosen.index)
+        index = index.view(*index.shape, *[1] * (slots.ndim - 3)).expand_as(slots)
+        found = slots.new_full((*slots.shape[:2], self.memories, *slots.shape[3:]), torch.nan)
+        return found.scatter_(2, index, slots).flatten(2, 3)
+
     # -- which memories a token goes to
 
     def _choose(self, h: Tensor, ctx: Ctx) -> Choice:
@@ -152,17 +176,17 @@ class MoM(Part):
             valid=ctx.valid,
         )
 
+    def _with_shared(self, index: Tensor) -> Tensor:
+        """index [B, T, k] of the chosen -> [B, T, S] with the shared memory."""
+        return F.pad(index, (0, 1), value=self.cfg.memories) if self.cfg.shared else index
+
     # -- reading and writing
 
     def _scan(
         self, h: Tensor, q: Tensor, chosen: Choice, routes: Routes, ctx: Ctx, state: MoMState | None
     ) -> tuple[Tensor, MoMState | None]:
         """h [B, T, D], q [B, T, HK] -> (o [B, T, HV, V], the state after these tokens)."""
-        if self.cfg.shared_kv:
-            rows = spread(torch.cat((q, F.linear(h, self.kv[0])), dim=-1), routes)
-        else:
-            rows = torch.cat((spread(q, routes), grouped_linear(spread(h, routes), self.kv, routes.offsets)), dim=-1)
-        qkv, logits = rows[None].split((sum(self.heads.widths), sum(self.rule.logits)), dim=-1)
+        qkv, logits = self._rows(h, q, routes)
         keep = state is not None
         conv: State = ()
         if self.conv is not None:
@@ -181,6 +205,15 @@ class MoM(Part):
             state = MoMState(conv, self._by_sequence(memory))
         return combine(o[0], chosen.weight, routes), state
 
+    def _rows(self, h: Tensor, q: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        """h [B, T, D], q [B, T, HK] -> of the flat rows, q, k and v [1, N, C] and gate logits [1, N, .]."""
+        if self.cfg.shared_kv:
+            rows = spread(torch.cat((q, F.linear(h, self.kv[0])), dim=-1), routes)
+        else:
+            rows = torch.cat((spread(q, routes), grouped_linear(spread(h, routes), self.kv, routes.offsets)), dim=-1)
+        qkv, logits = rows[None].split((sum(self.heads.widths), sum(self.rule.logits)), dim=-1)
+        return qkv, logits
+
     def _step(
         self, h: Tensor, q: Tensor, chosen: Choice, routes: Routes, ctx: Ctx, state: MoMState, donate: bool
     ) -> tuple[Tensor, MoMState]:
@@ -192,9 +225,7 @@ class MoM(Part):
             own = own.index_select(0, routes.inv.flatten()).unflatten(0, (-1, self.slots))
         qkv = torch.cat((q.expand(-1, self.slots, -1), own), dim=-1)  # [B, S, C + logits]
         qkv, logits = qkv.split((sum(self.heads.widths), sum(self.rule.logits)), dim=-1)
-        index = chosen.index[:, 0]
-        if self.cfg.shared:
-            index = F.pad(index, (0, 1), value=self.cfg.memories)
+        index = self._with_shared(chosen.index)[:, 0]
         if ctx.valid is not None:
             index = index.masked_fill(~ctx.valid, -1)
         conv: State = ()

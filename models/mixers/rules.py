@@ -27,7 +27,7 @@ from kernels.gated_delta_rule import gated_delta_rule
 from kernels.gla import gla
 from kernels.recurrent_step import recurrent_step
 from kernels.rope import rope_table, rotate
-from models.types import ParamMeta, default_meta, normal_, uniform_
+from models.types import Gates, ParamMeta, default_meta, normal_, uniform_
 
 DT_RANGE = (1e-3, 1e-1)  # of the step sizes at initialisation (arXiv:2312.00752, section 3.6)
 DT_FLOOR = 1e-4
@@ -88,6 +88,10 @@ class Rule(nn.Module):
         self.heads, self.logits = heads, logits
 
     # -- to write for a new rule
+
+    def gates(self, logits: Tensor) -> Gates:
+        """What logits [B, T, sum(self.logits)] say of decay (also a constant [HV]) and write strength; by default nothing."""
+        return Gates()
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, positions: Tensor) -> Inputs:
         """What the op takes, for any leading dimensions [B, T] (logits [B, T, sum(self.logits)])."""
@@ -171,13 +175,12 @@ class Rule(nn.Module):
         memory n. ``donate``: the state's buffer may be written in place (where no gradient is recorded).
         """
         x = self.inputs(q, k, v, logits, positions)
-        g = x.g.expand(x.v.shape[:-1]) if x.g is not None and x.g.ndim == 1 else x.g
         o, state = recurrent_step(
             x.q,
             x.k,
             x.v,
             state,
-            g,
+            at_tokens(x.g, logits),
             x.beta,
             scale=self.scale,
             index=index,
@@ -235,8 +238,11 @@ class Retention(Rule):
         if self.rope_theta is not None:
             cos, sin = rope_table(positions, self.rope_theta, self.heads.key)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        head = torch.arange(self.heads.value_heads, device=v.device, dtype=wide(v.dtype))
-        return Inputs(q, k, v, torch.log1p(-torch.exp2(-5 - head)))
+        return Inputs(q, k, v, self.gates(logits).decay)
+
+    def gates(self, logits: Tensor) -> Gates:
+        head = torch.arange(self.heads.value_heads, device=logits.device, dtype=wide(logits.dtype))
+        return Gates(torch.log1p(-torch.exp2(-5 - head)))
 
 
 class GatedLinear(Rule):
@@ -249,8 +255,11 @@ class GatedLinear(Rule):
         self.up = nn.Linear(rank, heads.heads * heads.key)
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, positions: Tensor) -> Inputs:
+        return Inputs(q, k, v, self.gates(logits).decay)
+
+    def gates(self, logits: Tensor) -> Gates:
         a = self.up(logits).unflatten(-1, (self.heads.heads, self.heads.key))
-        return Inputs(q, k, v, F.logsigmoid(a.to(wide(a.dtype))) / self.temperature)
+        return Gates(F.logsigmoid(a.to(wide(a.dtype))) / self.temperature)
 
     def run(
         self, x: Inputs, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None
@@ -291,8 +300,13 @@ class StateSpace(Rule):
         return 1.0
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, positions: Tensor) -> Inputs:
+        g, dt, _ = self.gates(logits)
+        assert dt is not None
+        return Inputs(q, k, (v * dt[..., None]).to(v.dtype), g)
+
+    def gates(self, logits: Tensor) -> Gates:
         dt = step_size(logits, self.dt_bias)
-        return Inputs(q, k, (v * dt[..., None]).to(v.dtype), -self.A_log.to(dt.dtype).exp() * dt)
+        return Gates(-self.A_log.to(dt.dtype).exp() * dt, dt)
 
     def finish(self, o: Tensor, v: Tensor) -> Tensor:
         return o + self.D.to(o.dtype)[:, None] * v
@@ -315,8 +329,12 @@ class Delta(Rule):
         self.allow_negative = allow_negative
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, positions: Tensor) -> Inputs:
+        g, beta, _ = self.gates(logits)
+        return Inputs(q, k, v, g, beta)
+
+    def gates(self, logits: Tensor) -> Gates:
         beta = logits[..., : self.heads.value_heads].to(wide(logits.dtype)).sigmoid()
-        return Inputs(q, k, v, None, 2 * beta if self.allow_negative else beta)
+        return Gates(None, 2 * beta if self.allow_negative else beta)
 
     def run(
         self, x: Inputs, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None
@@ -345,9 +363,9 @@ class GatedDelta(Delta):
         self.A_log = nn.Parameter(torch.empty(heads.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(heads.value_heads))
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, positions: Tensor) -> Inputs:
+    def gates(self, logits: Tensor) -> Gates:
         dt = step_size(logits[..., self.heads.value_heads :], self.dt_bias)
-        return super().inputs(q, k, v, logits, positions)._replace(g=-self.A_log.to(dt.dtype).exp() * dt)
+        return super().gates(logits)._replace(decay=-self.A_log.to(dt.dtype).exp() * dt)
 
     def reset_parameters(self, generator: torch.Generator, init_std: float) -> None:
         reset_decay(self.A_log, self.dt_bias, self.a_range, generator)
@@ -356,6 +374,11 @@ class GatedDelta(Delta):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """At least fp32: the dtype of gates and states."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def at_tokens(g: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A decay that is constant [HV] -> [B, T, HV] for logits [B, T, .]; any other as it is."""
+    return g.expand(*logits.shape[:-1], -1) if g is not None and g.ndim == 1 else g
 
 
 def step_size(logits: Tensor, bias: Tensor) -> Tensor:
