@@ -390,12 +390,18 @@ def test_the_command_on_a_hybrid(tmp_path, capsys):
     assert [one["name"] for one in found["any"]["attention"]] == ["layers.2.mixer"]
     assert [one["at"] for one in found["any"]["attribution"]["targets"]] == [40]
     assert len(found["ablations"]) == 6
-    names = ["any-ablations", "any-attention", "any-attribution", "any-reported", "any-states"]
+    assert [one["kind"] for one in found["any"]["gates"]["parts"]] == ["gated_delta", "mom"]
+    seen = ("attention", "attribution", "gates", "gates-tokens", "reported", "states")
+    names = ["any-ablations", *(f"any-{name}" for name in seen)]
     assert sorted(p.stem for p in (tmp_path / "out").glob("*.png")) == names
     for name in names:
         assert image.imread(tmp_path / "out" / f"{name}.png")[..., :3].std() > 0.02
     printed = capsys.readouterr().out
     assert "| layers.1.mixer.memory " in printed
+    assert "half-life (tokens)" in printed
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "half-life (tokens)" in page
+    assert page.count("data:image/png") == len(names)
     assert "| zero:1.channel " in printed
 
     def said(*more: str) -> str:

@@ -1,4 +1,5 @@
-"""What can be said of any model, whatever its parts: states over time, what parts report, attention by distance, attribution.
+"""What can be said of any model, whatever its parts: states and gates over time, what parts report, attention by distance,
+attribution.
 
 An instrument like the others (`eval.inspect.Instrument`), for models that have no other and beside those that have one: what
 `measure_all` finds is stored as ``any`` in ``inspect.json``.
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.inspection import attention, attribution, states
+from eval.inspection import attention, attribution, gates, states
 from eval.inspection.anypart_pictures import draw, draw_all
 from eval.inspection.beside import Beside
 from eval.inspection.numbers import plain
@@ -55,6 +56,7 @@ def measure_all(model: LM, text: Text, at: Sequence[int] = ()) -> dict[str, Any]
     return {
         "kinds": {f"layers.{n}.{slot}": part.cfg.kind for n, slot, part in model.parts()},
         **states.measure(model, text),
+        "gates": gates.measure(model, text),
         "stats": whole(model, text),
         "attention": attention.measure(model, text),
         "attribution": attribution.measure(model, text, at),
@@ -100,6 +102,8 @@ def summary_all(found: dict[str, Any]) -> str:
         ]
         headers = ("state", "part", "memories, heads, K, V", "norm at the end", "effective rank", "of")
         tables.append(markdown(headers, rows))
+    if found["gates"]["parts"]:
+        tables.append(gates.table(found["gates"]))
     if found["attention"]:
         rows = [
             (

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.inspection import gates_pictures
 from eval.inspection.attribution import lost_without
 from eval.inspection.figures import (
     LABELLED,
@@ -38,10 +39,13 @@ def draw(found: Found, folder: Path) -> list[Path]:
 
 
 def draw_all(found: Found, folder: Path) -> list[Path]:
-    """PNG files in ``folder`` of what there is: states, attention, what parts reported, attribution."""
+    """PNG files in ``folder`` of what there is: states, gates, attention, what parts reported, attribution."""
     made = {}
     if found["states"]:
         made["any-states"] = states(found["states"])
+    if found["gates"]["parts"]:
+        made["any-gates"] = gates_pictures.along(found["gates"])
+        made["any-gates-tokens"] = gates_pictures.tokens(found["gates"])
     if found["attention"]:
         made["any-attention"] = attention(found["attention"])
     if found["said"]:
