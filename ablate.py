@@ -1,12 +1,13 @@
 """Answer a question by training: python ablate.py configs/ablations/QUESTION.py [key=value ...]
 
   1. The question's variants become configs: its base, then the command line, then the variant's changes and budget.
-  2. Every variant is trained with every seed, each run by `train.py` in a process of its own, some at a time. A seed gives
+  2. Where the question has a sweep, every variant is trained with each value of a setting first, on other seeds, and gets its best.
+  3. Every variant is trained with every seed, each run by `train.py` in a process of its own, some at a time. A seed gives
      all variants the same data in the same order. A run that is there is not repeated, one that was cut short is resumed.
-  3. The report is made from the run folders alone.
+  4. The report is made from the run folders alone.
 
 A question's folder holds a run folder VARIANT-sSEED for each run, `queue/` with each one's config, log and how it ended,
-and `report/`. Everything may be killed at any moment: the same command goes on.
+`sweep/` with such a folder for each value, and `report/`. Everything may be killed at any moment: the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ import torch
 import yaml
 
 from configs import schema
-from configs.question import MAY_DIFFER, Question, load_question, other_setting, resolve
+from configs.question import MAY_DIFFER, Question, Sweep, load_question, other_setting, resolve
 from configs.schema import RunConfig
-from eval.ablation import QUEUE, answer, last_step, read_status, run_name
+from eval.ablation import answer
 from eval.ablation_report import write_report
+from eval.ablation_runs import QUEUE, last_step, read_status, run_name
+from eval.ablation_sweep import read_sweep, sweep_folder
 from models import UserError, zoo
 from models.errors import guard
 from models.folder import checkpoints
@@ -48,13 +51,24 @@ POLL = 0.1  # seconds
 ATTEMPT = "=== started: "  # before each process's part of a log
 
 
-def ablate(
-    runs: Sequence[Run], places: Sequence[dict[str, str]], deadline: float, retry: bool, flags: list[str]
-) -> None:
-    """Train what is left of ``runs``, in order, one at a time in each of ``places``, until all ended or ``deadline`` came."""
-    waiting = [r for r in runs if r.is_open(retry)]
-    free, running = list(places), list[Child]()
-    progress = Progress(runs)
+@dataclass(frozen=True)
+class Means:
+    """With what runs are trained."""
+
+    places: Sequence[dict[str, str]]  # a process at a time in each, with these variables
+    deadline: float  # of time.monotonic
+    retry: bool
+    flags: list[str]  # of train.py
+
+
+def ablate(runs: Sequence[Run], means: Means, later: int = 0) -> bool:
+    """Train what is left of ``runs``, in order, until all ended or the deadline came -> whether it was cut short.
+
+    ``later``: steps that follow, for the time left.
+    """
+    waiting = [r for r in runs if r.is_open(means.retry)]
+    free, running = list(means.places), list[Child]()
+    progress = Progress(runs, later)
     with stopping() as stop, none_left_behind(running):
         while running or (waiting and not stop.asked):
             # 1. whoever has ended makes room, and what became of it is noted
@@ -63,7 +77,7 @@ def ablate(
                 free.append(child.place)
                 progress.say(child.end(asked=stop.asked))
             # 2. time is up, or someone pressed Ctrl-C: each run saves and ends after its step; asked again, at once
-            if time.monotonic() > deadline and not stop.asked:
+            if time.monotonic() > means.deadline and not stop.asked:
                 stop.asked = 1
                 progress.say("time is up: every run saves after its step")
             for child in running:
@@ -71,7 +85,7 @@ def ablate(
             # 3. free places take the next runs; one that another process is training is left to it
             while free and waiting and not stop.asked:
                 run = waiting.pop(0)
-                if child := start(run, free[0], flags):
+                if child := start(run, free[0], means.flags):
                     running.append(child)
                     free.pop(0)
                 else:
@@ -80,6 +94,7 @@ def ablate(
                 progress.show([c.run for c in running])
                 time.sleep(POLL)
     progress.close()
+    return stop.asked > 0
 
 
 # -- one run
@@ -280,8 +295,9 @@ class Progress:
     The time left is that of the steps left at the rate of this session; seeds take turns, so every variant has its share.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.runs, self.began, self.shown, self.tty = runs, time.monotonic(), 0.0, sys.stderr.isatty()
+    def __init__(self, runs: Sequence[Run], later: int = 0) -> None:
+        self.runs, self.later = runs, later
+        self.began, self.shown, self.tty = time.monotonic(), 0.0, sys.stderr.isatty()
         self.at_start = self.steps()
 
     def steps(self) -> int:
@@ -289,7 +305,7 @@ class Progress:
 
     def eta(self) -> str:
         """Of the runs that have not failed; "?" before there is a rate."""
-        left = sum(r.config.train.steps - r.step() for r in self.runs if not r.has_failed())
+        left = self.later + sum(r.config.train.steps - r.step() for r in self.runs if not r.has_failed())
         made = self.steps() - self.at_start
         return clock(left * (time.monotonic() - self.began) / made) if made > 0 else "?"
 
@@ -346,13 +362,51 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def plan(question: Question, configs: dict[str, RunConfig], seeds: Sequence[int], folder: Path) -> list[Run]:
-    """All runs, seed by seed: whatever is cut short holds whole pairs."""
-    return [
+def plan(configs: dict[str, RunConfig], seeds: Sequence[int], folder: Path) -> list[Run]:
+    """All runs, seed by seed: whatever is cut short holds whole pairs. Raises UserError where a folder is in the way."""
+    runs = [
         Run(replace(cfg, seed=seed, name=run_name(variant, seed), out_dir=str(folder)))
         for seed in seeds
         for variant, cfg in configs.items()
     ]
+    for run in runs:
+        run.check()
+    try:
+        (folder / QUEUE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return runs
+
+
+def plan_sweep(question: Question, sweep: Sweep, configs: dict[str, RunConfig], folder: Path) -> list[Run]:
+    """All runs of the sweep, value by value."""
+    tried = {v: configs[v] for v in question.tried()}
+    return [
+        run
+        for value in sweep.values
+        for run in plan(
+            {v: sweep.at(c, value) for v, c in tried.items()}, sweep.seeds, sweep_folder(folder, sweep, value)
+        )
+    ]
+
+
+def choose(
+    question: Question, tried: Sequence[Run], configs: dict[str, RunConfig], folder: Path, means: Means
+) -> dict[str, RunConfig]:
+    """Train the sweep -> the configs with each variant's best value; of none while a run of the sweep is open."""
+    if any(run.is_open(means.retry) for run in tried):
+        print(f"first, {len(tried)} runs choose the settings of the variants", file=sys.stderr, flush=True)
+        names = [(c, run_name(v, seed)) for v, c in configs.items() for seed in question.all_seeds()]
+        later = sum(c.train.steps - last_step(folder / name) for c, name in names)
+        if ablate(tried, means, later):
+            return {}
+    found, sweep = read_sweep(question, folder), question.sweep
+    if found is None or sweep is None or any(run.is_open(retry=False) for run in tried):
+        return {}
+    best = {variant: found.best(variant) for variant in configs}
+    for variant in (v for v, i in best.items() if i is None):
+        print(f"{variant} is left out: not one value of {sweep.key} gave a result", file=sys.stderr, flush=True)
+    return {v: sweep.at(configs[v], sweep.values[i]) for v, i in best.items() if i is not None}
 
 
 @guard
@@ -360,7 +414,9 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     zoo.allow_foreign(args.allow_foreign)
     question = load_question(args.question)
-    seeds = range(args.seeds) if args.seeds else question.all_seeds()
+    if args.seeds:
+        question = replace(question, seeds=args.seeds)
+    seeds = question.all_seeds()
     name = question.name + ("-tiny" if args.tiny else "")
     folder = Path(args.out or f"{schema.load(question.base, args.overrides).out_dir}/{name}")
     if args.report:
@@ -368,21 +424,20 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"no folder '{folder}' to report on; --out names another one")
     else:
         configs = resolve(question, args.overrides, args.tiny)
-        runs = plan(question, configs, seeds, folder)
-        for run in runs:
-            run.check()
-        try:
-            (folder / QUEUE).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-        print(question.text, file=sys.stderr, flush=True)
         deadline = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
         places = places_for(args.jobs, visible_gpus(list(configs.values())), cores())
-        ablate(runs, places, deadline, args.retry, ["--allow-foreign"] if args.allow_foreign else [])
+        means = Means(places, deadline, args.retry, ["--allow-foreign"] if args.allow_foreign else [])
+        tried = plan_sweep(question, question.sweep, configs, folder) if question.sweep else []
+        runs = plan(configs, seeds, folder) if not tried else []
+        print(question.text, file=sys.stderr, flush=True)
+        if tried:
+            runs = plan(choose(question, tried, configs, folder, means), seeds, folder)
+        if runs:
+            ablate(runs, means)
     found = answer(question, folder, seeds)
     print(write_report(found, folder / "report"))
     print(f"\n{folder / 'report'}/: {', '.join(sorted(p.name for p in (folder / 'report').iterdir()))}")
-    failed = sum(r.state == "failed" for r in found.runs)
+    failed = sum(r.state == "failed" for r in found.all_runs())
     if failed:
         print(f"{failed} runs failed; --retry tries them again", file=sys.stderr)
     return 1 if failed else 0

@@ -15,6 +15,7 @@ A question file is Python and holds ``question = Question(...)``; its docstring 
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import traceback
@@ -103,7 +104,8 @@ class Variant:
     """What differs from the base: overrides ``key.path=value``, or a function of the base config.
 
     With ``to``, the name of another variant, `models.match.match` then varies the integer ``vary`` until both have equal ``on``
-    (params, active_params, flops or state).
+    (params, active_params, flops or state). With ``tuned_as``, the name of another variant, it takes what the question's sweep chose
+    for that one, and is not tried itself.
     """
 
     changes: Sequence[str] | Callable[[RunConfig], RunConfig] = ()
@@ -111,13 +113,48 @@ class Variant:
     on: str = "params"
     vary: str = "channel.hidden"
     multiple_of: int = 1
+    tuned_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A setting of which every variant gets the value that suits it, so that none is judged at another one's.
+
+    ``key``: ``optim.lr`` or another setting outside of the model. Each variant is trained with each of ``values`` on ``seeds``,
+    which the comparison never sees; the value with the best mean of the question's first metric is the variant's (of equals the
+    first).
+    """
+
+    key: str
+    values: Sequence[float | int | str]
+    seeds: Sequence[int] = (1000,)
+
+    def __post_init__(self) -> None:
+        if schema.is_under(self.key, ("model", "seed", "name", "out_dir", "eval")):
+            raise UserError(f"sweep: '{self.key}' cannot be chosen by it; expected a setting of optim, train or data")
+        names = {self.folder(v) for v in self.values}
+        if isinstance(self.values, str) or len(names) < max(2, len(self.values)) or not all(map(NAME.fullmatch, names)):
+            raise UserError(
+                f"sweep of {self.key}: expected at least two different numbers or names, got {self.values!r}"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UserError(f"sweep of {self.key}: expected different seeds from 0, got {self.seeds!r}")
+
+    def at(self, cfg: RunConfig, value: float | int | str) -> RunConfig:
+        """The run with that value."""
+        return schema.changed(cfg, [f"{self.key}={json.dumps(value)}"])
+
+    def folder(self, value: float | int | str) -> str:
+        """Of the runs at that value; without a =, which makes an override of a command's word: ``optim.lr_0.01``."""
+        return f"{self.key}_{value}"
 
 
 @dataclass(frozen=True)
 class Question:
     """Variants of ``base`` (a run's YAML), each compared with ``baseline`` by every metric, over the same seeds.
 
-    ``seeds``: how many, from 0, or which. ``alpha``: the chance of any claimed difference where none is.
+    ``seeds``: how many, from 0, or which. ``sweep``: what is chosen for every variant before. ``alpha``: the chance of any claimed
+    difference where none is.
     ``name`` and ``text`` are those of the file.
     """
 
@@ -128,6 +165,7 @@ class Question:
     seeds: int | Sequence[int] = MIN_SEEDS
     alpha: float = 0.05
     curves: Sequence[Curve] = ()
+    sweep: Sweep | None = None
     name: str = "question"
     text: str = ""
 
@@ -143,6 +181,10 @@ class Question:
                 raise UserError(
                     f"variant '{name}': no variant '{variant.to}' to match{nearest(variant.to, self.variants)}"
                 )
+            if variant.tuned_as is not None and variant.tuned_as not in self.tried():
+                raise UserError(
+                    f"variant '{name}': '{variant.tuned_as}' is not tried by a sweep{nearest(variant.tuned_as, self.tried())}"
+                )
         if self.baseline not in self.variants:
             raise UserError(f"no variant '{self.baseline}' to be the baseline{nearest(self.baseline, self.variants)}")
         if len(self.variants) < 2:
@@ -153,11 +195,19 @@ class Question:
         seeds = self.all_seeds()
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds: expected a number of at least 1, or different numbers from 0, got {self.seeds!r}")
+        if self.sweep and (both := set(seeds) & set(self.sweep.seeds)):
+            raise UserError(
+                f"sweep: seed {min(both)} chooses {self.sweep.key} and is compared too: take others for one of them"
+            )
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha must be between 0 and 1, got {self.alpha}")
 
     def all_seeds(self) -> tuple[int, ...]:
         return tuple(range(self.seeds) if isinstance(self.seeds, int) else self.seeds)
+
+    def tried(self) -> tuple[str, ...]:
+        """The variants that the sweep trains."""
+        return tuple(name for name, v in self.variants.items() if v.tuned_as is None) if self.sweep else ()
 
     def all_metrics(self) -> tuple[Metric, ...]:
         return tuple(Metric(m) if isinstance(m, str) else m for m in self.metrics)

@@ -10,7 +10,7 @@ from typing import Any
 from data import DataConfig
 from models.config import ModelConfig, tiny
 from models.errors import UserError
-from models.parsing import choice, from_dict, load_yaml, to_dict
+from models.parsing import choice, from_dict, load_yaml, set_key, to_dict
 from training.optim import OptimConfig
 
 
@@ -139,6 +139,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """A run from its file; raises UserError (one line, nearest valid name) for anything wrong in it."""
     raw = load_yaml(path, list(overrides))
     raw.setdefault("name", Path(path).stem)
+    return from_dict(RunConfig, raw)
+
+
+def changed(cfg: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The run with each ``key.path=value`` set in it; raises UserError like `load`."""
+    raw = to_dict(cfg)
+    for override in overrides:
+        set_key(raw, override)
     return from_dict(RunConfig, raw)
 
 

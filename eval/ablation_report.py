@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from configs import schema
-from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Metric
-from eval.ablation import Answer, Costs, Line, run_name, verdict
+from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Metric, Question
+from eval.ablation import Answer, Line, verdict
+from eval.ablation_runs import Costs, run_name
+from eval.ablation_sweep import Swept
 from eval.history import SMOOTH, read_metrics, smooth
 from eval.statistics import mean_and_sd
 from eval.tables import cell, markdown
@@ -31,6 +33,8 @@ def render(found: Answer) -> str:
     """The whole report as Markdown."""
     question = found.question
     parts = [f"# {question.name}", question.text, _protocol(found)]
+    if found.swept:
+        parts += [f"## What was chosen: {found.swept.sweep.key}", _sweep_table(found, found.swept)]
     for metric in dict.fromkeys(line.metric for line in found.lines):
         lines = [line for line in found.lines if line.metric is metric]
         parts += [f"## {metric.path}, {_direction(metric)}", _quality(found, lines)]
@@ -73,6 +77,23 @@ def _but_for(found: Answer) -> str:
         if base and any(schema.is_under(k, DATA) for k, _, _ in schema.differences(base, cfg))
     ]
     return f", but for {', '.join(others)}, whose settings of the data differ" if others else ""
+
+
+def _sweep_table(found: Answer, swept: Swept) -> str:
+    """A row for every variant: the result at each value, the chosen one marked, and whether the best may lie beyond."""
+    sweep, last = swept.sweep, len(swept.sweep.values) - 1
+    seeds = ", ".join(map(str, sweep.seeds))
+    text = (
+        f"Every variant has the value of {sweep.key} at which its {swept.metric.path} is best on seed {seeds}, which is in no "
+        "comparison. Where that is the first or the last value, there may be a better one beyond."
+    )
+    rows = []
+    for variant in found.question.variants:
+        best = swept.best(variant)
+        results = [f"**{cell(r)}**" if i == best else cell(r) for i, r in enumerate(swept.results(variant))]
+        as_other = f"as {swept.tuned_as[variant]}" if swept.tuned_as[variant] != variant else None
+        rows.append((variant, *results, as_other or ("at the end" if best in (0, last) else None)))
+    return f"{text}\n\n{markdown((f'{sweep.key}', *map(cell, sweep.values), 'note'), rows)}"
 
 
 def _quality(found: Answer, lines: Sequence[Line]) -> str:
@@ -168,7 +189,14 @@ def _settings(base: Any, own: Any, where: str = "") -> Iterator[tuple[str, str]]
 
 
 def _trouble(found: Answer) -> str:
-    rows = [(run_name(r.variant, r.seed), r.state, r.why) for r in found.runs if r.state != "finished" or r.why]
+    swept = found.swept
+    tried = zip(swept.sweep.values, swept.runs, strict=True) if swept else ()
+    named = [(f"{swept.sweep.folder(value)}/", r) for value, runs in tried for r in runs] if swept else []
+    rows = [
+        (f"{where}{run_name(r.variant, r.seed)}", r.state, r.why)
+        for where, r in (*named, *(("", r) for r in found.runs))
+        if r.state != "finished" or r.why
+    ]
     notes = [markdown(("run", "state", "why"), rows)] if rows else []
     if found.not_counted:
         notes.append(f"Of seeds that were not asked for, so not counted: {', '.join(found.not_counted)}.")
@@ -224,6 +252,7 @@ def _plain(found: Answer) -> dict[str, Any]:
         "baseline": question.baseline,
         "alpha": question.alpha,
         "seeds": list(found.seeds),
+        "sweep": _plain_sweep(question, found.swept) if found.swept else None,
         "results": [
             {
                 "metric": line.metric.path,
@@ -249,6 +278,17 @@ def _plain(found: Answer) -> dict[str, Any]:
             | {"variant": r.variant, "seed": r.seed}
             for r in found.runs
         ],
+    }
+
+
+def _plain_sweep(question: Question, swept: Swept) -> dict[str, Any]:
+    return {
+        "key": swept.sweep.key,
+        "values": list(swept.sweep.values),
+        "seeds": list(swept.sweep.seeds),
+        "metric": swept.metric.path,
+        "results": {v: swept.results(v) for v in question.variants},
+        "chosen": {v: None if (i := swept.best(v)) is None else swept.sweep.values[i] for v in question.variants},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,19 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture
 def model(case: Case) -> LM:
     return case.build().eval()
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`ablate.py` starts this instead of `train.py`. -> the folder that `write_question` writes to."""
+    import ablate
+    from eval import ablation_report
+    from tests.stand_in import PLOTS, STAND_IN
+
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(ablate, "TRAIN", script)
+    for name in PLOTS:
+        monkeypatch.setattr(ablation_report, name, lambda *_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path

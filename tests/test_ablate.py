@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -23,103 +22,16 @@ import train
 from configs.question import Curve, Metric, Question, Variant, load_question, resolve
 from data import DataConfig
 from eval import ablation_report
-from eval.ablation import Costs, answer, measured, read_run, sentence
+from eval.ablation import answer, measured, sentence
 from eval.ablation_report import render
+from eval.ablation_runs import Costs, read_run
 from eval.statistics import compare
 from models import UserError
 from models.lm import meta_model
 from models.types import count_params
 from tests.runs import PLAIN, ROOT, assert_same_run, write_config
+from tests.stand_in import PLOTS, processes, value, write_question
 from training.parallel import world
-
-# -- questions and a stand-in for train.py
-
-PLOTS = {
-    name: getattr(ablation_report, name) for name in ("plot_quality", "plot_losses", "plot_curves")
-}  # a second each
-
-# `optim.lr` is what a variant is worth, in nats; `train.sample_prompt` tells a process what to do.
-STAND_IN = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import yaml
-
-if sys.argv[1] == "--resume":
-    run = Path(sys.argv[2])
-    cfg = yaml.safe_load((run / "config.yaml").read_text())
-    for word in sys.argv[3:]:
-        key, _, value = word.partition("=")
-        section, name = key.split(".")
-        cfg[section][name] = yaml.safe_load(value)
-    start = max(int(p.name[5:]) for p in (run / "checkpoints").iterdir())
-else:
-    cfg = yaml.safe_load(Path(sys.argv[1]).read_text())
-    run, start = Path(cfg["out_dir"]) / cfg["name"], 0
-    run.mkdir(parents=True)
-(run / "config.yaml").write_text(yaml.safe_dump(cfg))
-(run / "processes").open("a").write(f"{os.getpid()} {start} {os.environ['OMP_NUM_THREADS']}\\n")
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-task, worth, steps = cfg["train"]["sample_prompt"], cfg["optim"]["lr"], cfg["train"]["steps"]
-loss = worth + random.Random(cfg["seed"]).gauss(0, 1) + random.Random(f"{cfg['seed']} {worth}").gauss(0, 0.01)
-for step in range(start + 1, steps + 1):
-    line = {"step": step, "tokens": 256 * step, "loss": loss + 1 / step, "tokens_per_s": 1000.0 + step}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\\n")
-        if step == steps:
-            end = None if task == "diverge" else loss
-            pairs = {n: {"accuracy": worth * n} for n in (4, 8)}
-            val = {"loss": end, "by": {"x": {"n": 2}, "pairs": pairs}}
-            file.write(json.dumps({"step": step, "tokens": 256 * step, "val": val}) + "\\n")
-    if step % 4 == 0 or stop:
-        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
-    if stop:
-        sys.exit(0)
-    if task == "crash" and step == 6:
-        print("warning: this looks bad\\nerror: out of luck")
-        sys.exit(2)
-    if task == "die" and step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05 if task == "slow" else 0)
-facts = {"finished": True, "peak_memory_bytes": 2**20 * (7 + cfg["seed"]), "device": "a machine", "threads": 1}
-(run / "environment.json").write_text(json.dumps(facts))
-"""
-
-
-def write_question(folder: Path, variants: str, more: str = "", **sections: dict) -> Path:
-    """A question on a run of 12 steps, in ``folder/asked.py``."""
-    base = write_config(folder, **sections)
-    path = folder / "asked.py"
-    path.write_text(
-        '"""Does it matter?"""\n'
-        "from configs.question import Curve, Metric, Question, Variant\n"
-        f"question = Question(base={str(base)!r}, baseline='a', variants={{'a': Variant(), {variants}}}, {more})\n"
-    )
-    return path
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`ablate.py` starts this instead of `train.py`. -> the folder that `write_question` writes to."""
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
-    monkeypatch.setattr(ablate, "TRAIN", script)
-    for name in PLOTS:
-        monkeypatch.setattr(ablation_report, name, lambda *_: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
-
-
-def processes(run: Path) -> list[int]:
-    """At which step each process of a run began."""
-    return [int(line.split()[1]) for line in (run / "processes").read_text().splitlines()]
-
-
-def value(runs: Path, metric: str, variant: str, column: str) -> str:
-    with (runs / "report" / "report.csv").open() as file:
-        (row,) = [r for r in csv.DictReader(file) if (r["metric"], r["variant"]) == (metric, variant)]
-    return row[column]
-
 
 # -- the queue
 
@@ -154,7 +66,7 @@ def test_all_runs_then_a_report_and_nothing_twice(
 def test_seeds_take_turns(stand_in: Path):
     """Whatever is cut short holds whole pairs."""
     question = load_question(write_question(stand_in, "'b': Variant(['optim.lr=0.2'])", "seeds=[4, 2]"))
-    runs = ablate.plan(question, resolve(question), question.all_seeds(), stand_in)
+    runs = ablate.plan(resolve(question), question.all_seeds(), stand_in)
     assert [r.name for r in runs] == ["a-s4", "b-s4", "a-s2", "b-s2"]
     assert [(r.config.seed, r.config.optim.lr) for r in runs] == [(4, 5e-3), (4, 0.2), (2, 5e-3), (2, 0.2)]
 
@@ -525,6 +437,12 @@ ERRORS = {
     "QUESTION(metrics=['val/strangeness'])": "metric 'val/strangeness': is more of it better?",
     "QUESTION(seeds=0)": "seeds: expected",
     "QUESTION(seeds=[1, 1])": "seeds: expected",
+    "QUESTION(sweep=Sweep('optim.lr', [0.1, 0.1]))": "sweep of optim.lr: expected at least two different numbers",
+    "QUESTION(sweep=Sweep('optim.lr', [0.1, 0.2], []))": "sweep of optim.lr: expected different seeds from 0, got []",
+    "QUESTION(sweep=Sweep('model.d_model', [8, 16]))": "sweep: 'model.d_model' cannot be chosen by it",
+    "QUESTION(sweep=Sweep('optim.lr', [0.1, 0.2], [7, 4]))": "sweep: seed 4 chooses optim.lr and is compared too",
+    "QUESTION(sweep=Sweep('optim.lrr', [0.1, 0.2]))": "unknown key 'optim.lrr'; did you mean 'lr'?",
+    "QUESTION(variants={'a': Variant(), 'b': Variant(tuned_as='a')})": "variant 'b': 'a' is not tried by a sweep",
     "QUESTION(alpha=5)": "alpha must be between 0 and 1",
     "QUESTION(base='no-such.yaml')": "no file 'no-such.yaml'",
 }
@@ -534,7 +452,7 @@ ERRORS = {
 def test_errors_of_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str):
     base, path = write_config(tmp_path), tmp_path / "asked.py"
     given = f"{{'base': {str(base)!r}, 'baseline': 'a', 'variants': {{'a': Variant(), 'b': Variant()}}, **more}}"
-    head = f"from configs.question import Question, Variant; QUESTION = lambda **more: Question(**{given}); question = "
+    head = f"from configs.question import Question, Sweep, Variant; QUESTION = lambda **more: Question(**{given}); question = "
     path.write_text(head + text if text.startswith("QUESTION(") else text)
     assert ablate.main([str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -599,7 +517,7 @@ def test_a_seed_is_one_data_order(tmp_path: Path, data: str):
     configs = resolve(question)
 
     def batches(variant: str, seed: int) -> list[torch.Tensor]:
-        (run,) = ablate.plan(question, {variant: configs[variant]}, [seed], tmp_path)
+        (run,) = ablate.plan({variant: configs[variant]}, [seed], tmp_path)
         with world("cpu") as w:
             source = train.open_data(run.config, w, None)
             cfg = train.complete(run.config, source)

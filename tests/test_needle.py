@@ -14,7 +14,7 @@ import torch
 from configs.question import Metric
 from data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from eval import needle
-from eval.ablation import read_metric
+from eval.ablation_runs import read_metric
 from eval.needle import Asker, Question, Variant, haystack, measure
 from eval.run import open_run
 from eval.scoring import Score

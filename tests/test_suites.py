@@ -13,7 +13,7 @@ from configs import schema
 from configs.question import Metric
 from eval import recall, suites
 from eval.__main__ import main
-from eval.ablation import read_metric
+from eval.ablation_runs import read_metric
 from eval.run import open_run
 from models import UserError, build, model_config
 from tests.runs import PLAIN, metrics, one_error, train, write_config

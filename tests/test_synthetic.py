@@ -22,7 +22,7 @@ from data.synthetic.mqar import MQAR
 from data.synthetic.task import SPLITS, Rows, Task
 from eval import recall
 from eval.__main__ import main as eval_main
-from eval.ablation import read_metric
+from eval.ablation_runs import read_metric
 from eval.generate import main as generate_main
 from models.parsing import to_dict
 from tests.runs import PLAIN, Fault, losses, metrics, one_error, tensors, train, write_config
