@@ -1,4 +1,4 @@
-"""python -m bench kernels|train|decode|context|tables|eval|suites|recall [--out FILE]: ratios to peers in one run; bench readme.
+"""python -m bench kernels|train|decode|context|tables|eval|suites|recall|tasks [--out FILE]: ratios to peers in one run; readme.
 
 `bench kernels --compile-only` measures nothing: it compiles every kernel configuration, and exits with 1 if one fails the gate.
 """
@@ -29,6 +29,7 @@ from bench import (
     scans,
     suites,
     tables,
+    tasks,
     train,
 )
 from bench import compile as ahead
@@ -108,6 +109,11 @@ def run_recall(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return rows, recall.table(rows)
 
 
+def run_tasks(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    rows = tasks.run(args.tasks, args.seeds, args.folder, args.tiny)
+    return rows, tasks.table(rows)
+
+
 BENCHES = {
     "train": run_train,
     "decode": run_decode,
@@ -117,6 +123,7 @@ BENCHES = {
     "eval": run_eval,
     "suites": run_suites,
     "recall": run_recall,
+    "tasks": run_tasks,
 }
 
 
@@ -139,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table, and a .json beside it")
     parser.add_argument(
-        "--tiny", action="store_true", help="with kernels: what a GPU runs, and with tables: small shapes"
+        "--tiny", action="store_true", help="small: with kernels what a GPU runs, with tables, with tasks two steps"
     )
     parser.add_argument(
         "--compile-only", action="store_true", help="with kernels: ahead of time, for GPUs that are not here"
@@ -150,6 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--sample", action="store_true", help=f"one configuration per kernel on targets but {GATED}")
     parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="with recall: finished runs on a task")
+    parser.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="with tasks: which; default: all")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="with tasks: seeds 0 to N-1; default: 1")
+    parser.add_argument(
+        "--folder", type=Path, default=tasks.FOLDER, help="with tasks: of the runs; default: %(default)s"
+    )
     parser.add_argument("--run", type=Path, help="with readme: take the figures of this finished quick start first")
     args = parser.parse_args(argv)
     if args.what == "readme":

@@ -11,9 +11,24 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import cells, context, floors, gpu_layers, gpu_memories, gpu_scans, kept_rows, kernels, scans, suites, tables
+from bench import (
+    cells,
+    context,
+    floors,
+    gpu_layers,
+    gpu_memories,
+    gpu_scans,
+    kept_rows,
+    kernels,
+    scans,
+    suites,
+    tables,
+    tasks,
+)
 from bench.floors import Floor, Peaks
 from bench.scans import SCANS, Shape
+from data.synthetic import TASKS
+from models.lm import meta_model
 
 LIMITS = Peaks(flops=790e12, bandwidth=4.3e12)
 TINY = Shape(2, 70, 2, 16)
@@ -264,3 +279,43 @@ def test_cost_of_asking_a_suite():
     assert row["share"] == pytest.approx(20 * row["steps_per_asking"] / row["steps"])
     assert row["low"] <= row["share"] <= row["high"]
     assert "| configs/mqar.yaml | 2 | 62,436 | 600 of 8,192 |" in suites.table([row])
+
+
+def test_every_task_has_a_recipe():
+    """Of every kind of task one at least, and each is of the task that its name begins with."""
+    kinds = set()
+    for name, recipe in tasks.RECIPES.items():
+        cfg = recipe.load()
+        assert cfg.data.synthetic is not None
+        assert name.startswith(cfg.data.synthetic.kind)
+        cfg.data.synthetic.check(cfg.data.seq_len)
+        meta_model(dataclasses.replace(cfg.model, vocab_size=cfg.data.synthetic.vocab_size))
+        kinds.add(cfg.data.synthetic.kind)
+    assert kinds == set(TASKS)
+
+
+def test_tasks_beside_their_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The program knows all answers, not the shuffled ones; two steps teach nothing; and the second time nothing is trained."""
+    words = [
+        "tasks",
+        "--tasks",
+        "flip_flop",
+        "--tiny",
+        "--folder",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "t.md"),
+    ]
+    assert command.main(words) == 0
+    (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert (row["task"], row["seed"], row["steps"], row["guess"]) == ("flip_flop", 0, 2, 0.5)
+    assert row["oracle"] == 1.0
+    assert 0.3 < row["shuffled"] < 0.7
+    assert row["accuracy"] < 0.9
+    assert row["worst"]["accuracy"] <= row["accuracy"]
+    assert "| flip_flop | vocab_size 5, ignore 0.8 | 64 |" in capsys.readouterr().out
+    stamp = (tmp_path / "runs" / "flip_flop-s0" / "metrics.jsonl").stat().st_mtime_ns
+    assert tasks.run(["flip_flop"], 1, tmp_path / "runs", tiny=True)[0]["accuracy"] == row["accuracy"]
+    assert (tmp_path / "runs" / "flip_flop-s0" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert command.main(["tasks", "--tasks", "flipflop"]) == 2
+    assert "no recipe for the task 'flipflop'; did you mean 'flip_flop'" in capsys.readouterr().err
