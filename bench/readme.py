@@ -79,13 +79,15 @@ def question_table(name: str) -> str:
     first, *others = dict.fromkeys(r["metric"] for r in found["results"])
     question = found["question"]
     how = f"`ablate.py configs/ablations/{question}.py`{name.removeprefix(question).replace('_', ', ')}"
-    head = [how, "parameters", "FLOPs per token", first]
+    sweep = found.get("sweep")
+    head = [how, "parameters", "FLOPs per token", "state bytes", *([sweep["key"]] if sweep else []), first]
     head += [f"difference to {found['baseline']}", *others]
     mean = {(r["variant"], r["metric"]): r["mean"] for r in found["results"]}
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for r in (r for r in found["results"] if r["metric"] == first):
         cost, c = found["costs"][r["variant"]], r["comparison"]
-        cells = [r["variant"], f"{cost['params']:,}", f"{cost['flops_per_token']:,.0f}"]
+        cells = [r["variant"], f"{cost['params']:,}", f"{cost['flops_per_token']:,.0f}", f"{cost['state_bytes']:,.0f}"]
+        cells += [cell(sweep["chosen"][r["variant"]])] if sweep else []
         cells += [f"{r['mean']:.3f} ± {r['sd']:.3f} (n={r['n']})"]
         cells += [f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" if c else ""]
         cells += [f"{mean[r['variant'], metric]:.3f}" for metric in others]
