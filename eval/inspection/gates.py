@@ -32,6 +32,7 @@ PLACES = 128  # along a window, at most; a place is a mean over as many tokens a
 TOKENS = 48  # of the first window, that are shown one by one
 HEADS = 32  # of a part that are shown there; of more, as many at equal steps in the order of their means
 BAND = (0.1, 0.5, 0.9)  # quantiles of heads
+BANDED = "10-90% of heads"
 HALF = 0.5  # decays below it are counted
 
 
@@ -198,8 +199,8 @@ def table(found: dict[str, Any]) -> str:
                 _range(write.get("heads")),
             )
         )
-    headers = ("gates", "part", "memories, heads", "of tokens", "decay", "of heads", "below 0.5")
-    return markdown((*headers, "half-life (tokens)", "of heads", "write strength", "of heads"), rows)
+    headers = ("gates", "part", "memories, heads", "of tokens", "decay", BANDED, "below 0.5")
+    return markdown((*headers, "half-life (tokens)", "10-90%", "write strength", BANDED), rows)
 
 
 def _range(band: Sequence[float | None] | None) -> str:

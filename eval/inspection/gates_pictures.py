@@ -34,7 +34,7 @@ def along(found: Found) -> Any:
 
 
 def _nothing(axes: Any, gate: str) -> None:
-    said = {"decay": "nothing is forgotten", "write": "everything is written whole"}
+    said = {"decay": "no decay", "write": "no gate on what is written"}
     axes.text(0.5, 0.5, said[gate], ha="center", va="center", color="0.5", transform=axes.transAxes)
     axes.set_axis_off()
 
@@ -43,7 +43,7 @@ def tokens(found: Found) -> Any:
     """The first tokens of the text, and what each head forgets and writes at them; blank where a token does not go to a memory."""
     parts = found["parts"][:PANELS]
     names = [short(token) for token in found["tokens"]]
-    heights = [1.4 + 0.13 * max(4, len(one["shown"])) for one in parts]
+    heights = [1.6 + 0.14 * max(4, len(one["shown"])) for one in parts]
     figure = new_figure(4 + 0.36 * max(24, len(names)), 0.8 + sum(heights))
     grid = figure.subplots(len(parts), 2, height_ratios=heights, squeeze=False)
     for one, (left, right) in zip(parts, grid):
@@ -53,12 +53,12 @@ def tokens(found: Found) -> Any:
             else:
                 _map(axes, one, gate, label, names)
         left.set_title(f"{one['name']}, {one['kind']}", fontsize=10, loc="left")
-    head(figure, "Gates at the first tokens")
+    head(figure, "Gates at the first tokens (square-root scale)")
     return figure
 
 
 def _map(axes: Any, one: Found, gate: str, label: str, names: Sequence[str]) -> None:
     values = floats(one[gate]["first"]).T
-    heat(axes, 1 - values if gate == "decay" else values, label, one["shown"], names)
-    axes.set_xticks(range(len(names)), names, fontsize=7, rotation=90, family="monospace")
-    axes.set_ylabel("memory.head" if one["memories"] > 1 else "head", fontsize=8)
+    heat(axes, 1 - values if gate == "decay" else values, label, one["shown"], names, "sqrt")
+    axes.set_xticks(range(len(names)), names, fontsize=10, rotation=90, family="monospace")
+    axes.set_ylabel("memory.head" if one["memories"] > 1 else "head")
