@@ -268,9 +268,22 @@ def complete(cfg: RunConfig, data: Corpus | Synthetic) -> RunConfig:
     if model.learned_positions and cfg.data.seq_len > model.max_seq_len:
         limit = f"model.max_seq_len={model.max_seq_len}"
         raise UserError(f"data.seq_len={cfg.data.seq_len} is longer than the learned positions, {limit}")
-    if isinstance(data, Corpus) and (longest := max(cfg.eval.length, default=0)) > (held := max(data.val.lengths)):
-        raise UserError(f"eval.length: no held-out document has {longest} tokens, the longest has {held}")
+    if isinstance(data, Corpus):
+        check_held_out(cfg, data)
     return dataclasses.replace(cfg, model=model)
+
+
+def check_held_out(cfg: RunConfig, corpus: Corpus) -> None:
+    """Raise UserError now for what the held-out text is too short for."""
+    if (longest := max(cfg.eval.length, default=0)) > (held := max(corpus.val.lengths)):
+        raise UserError(f"eval.length: no held-out document has {longest} tokens, the longest has {held}")
+    if cfg.eval.needle:
+        from eval.needle import held_out, questions
+
+        try:
+            questions(corpus.tokenizer, held_out(corpus), cfg.eval.needle)
+        except UserError as error:
+            raise UserError(f"eval.needle: {error}") from error
 
 
 def describe(cfg: RunConfig, w: World, data: Corpus | Synthetic, model: LM, notes: list[str]) -> Path:
@@ -310,6 +323,10 @@ def check_judge(cfg: RunConfig) -> None:
         from eval.length import check
 
         check(cfg.model, cfg.eval.length)
+    if cfg.eval.needle:
+        from eval.needle import check
+
+        check(cfg.model, cfg.eval.needle)
     if not cfg.eval.tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -345,6 +362,10 @@ def judge(cfg: RunConfig, folder: Path) -> None:
         from eval import length
 
         print(length.table(length.evaluate(open_run(folder, cfg.train.device), cfg.eval.length)))
+    if cfg.eval.needle:
+        from eval import needle
+
+        print(needle.table(needle.evaluate(open_run(folder, cfg.train.device), cfg.eval.needle)))
     if cfg.eval.tasks:
         from eval.judge import evaluate, print_table
 

@@ -83,6 +83,7 @@ class EvalConfig:
     recall: tuple[str, ...] = ()
     frequency: int = 0  # validation loss by how often the last so-many tokens were seen in training; 0: not
     length: tuple[int, ...] = ()  # context lengths at which long held-out documents are scored
+    needle: tuple[int, ...] = ()  # tokens of rows of held-out text in which a sentence is hidden and asked for
     suites: tuple[str, ...] = ()  # of synthetic tasks (`eval.suites`), asked while the run trains and when it ends
     suite_every: int = 0  # steps; 0: twenty times in a run
     suite_rows: int = 512  # over all tasks of a suite, each time
@@ -109,7 +110,7 @@ class RunConfig:
             if self.eval.recall:
                 raise UserError("eval.recall: settings of data.synthetic, which this run does not have")
             return
-        for name in ("tasks", "baselines", "frequency", "length"):
+        for name in ("tasks", "baselines", "frequency", "length", "needle"):
             if getattr(self.eval, name):
                 raise UserError(f"eval.{name} judges text; a run on data.synthetic always reports its accuracy")
         if not self.train.val_tokens:

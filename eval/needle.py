@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data import Corpus
 from data.tokenizer import Tokenizer
 from eval.corpus_tasks import open_run_corpus
 from eval.run import LoadedRun, open_run
 from eval.scoring import Ids, Score, Scorer
 from eval.tables import markdown
 from models import UserError, zoo
+from models.config import ModelConfig
 from models.errors import guard
 from training.runfolder import write_whole
 
@@ -163,6 +165,23 @@ class Asker:
         return row + self.text.tokens[done : start + room].tolist(), places - start
 
 
+def questions(
+    tokenizer: Tokenizer,
+    documents: Iterable[list[int]],
+    lengths: Sequence[int],
+    depths: int = DEPTHS,
+    samples: int = SAMPLES,
+    variant: Variant | None = None,
+    seed: int = 0,
+) -> tuple[list[Question], np.ndarray]:
+    """-> (every question, the depths). Raises UserError where a row is too long for the documents or too short for a question."""
+    longest = max(lengths)
+    text = haystack(tokenizer, documents, longest, longest * PIECES)
+    asker = Asker(tokenizer, text, variant or Variant(), depths, seed)
+    rows = [(length, depth, n) for length in lengths for depth in range(depths) for n in range(samples)]
+    return [q for row in rows for q in asker.ask(*row)], asker.grid
+
+
 Judge = Callable[[Sequence[tuple[Ids, Ids]]], Sequence[Score]]
 
 
@@ -202,14 +221,10 @@ def evaluate(
     """`measure` on haystacks from the run's held-out documents, or from a file's text -> results, laid out as lm-eval's and written
     to ``RUN/eval/<variant>_<step>.json``. ``samples``: haystacks for each length and depth. Raises UserError."""
     variant, tokenizer = variant or Variant(), run.tokenizer
-    check(run, lengths)
-    documents = _held_out(run) if text is None else [_file(text, tokenizer)]
-    longest = max(lengths)
-    asker = Asker(tokenizer, haystack(tokenizer, documents, longest, longest * PIECES), variant, depths, seed)
-    rows = [(length, depth, n) for length in lengths for depth in range(depths) for n in range(samples)]
-    found = measure(
-        [q for row in rows for q in asker.ask(*row)], variant, asker.grid, lambda pairs: _scores(run, pairs)
-    )
+    check(run.model.cfg, lengths)
+    documents = held_out(open_run_corpus(run.dir)) if text is None else [_file(text, tokenizer)]
+    asked, grid = questions(tokenizer, documents, lengths, depths, samples, variant, seed)
+    found = measure(asked, variant, grid, lambda pairs: _scores(run, pairs))
     results = {
         "results": {variant.name: {"alias": variant.name, "acc,none": found["accuracy"], "exact,none": found["exact"]}},
         "n-samples": {variant.name: {"original": found["answers"], "effective": found["answers"]}},
@@ -230,9 +245,8 @@ def evaluate(
     return results
 
 
-def check(run: LoadedRun, lengths: Sequence[int]) -> None:
+def check(model: ModelConfig, lengths: Sequence[int]) -> None:
     """Raise UserError for lengths that the model cannot take."""
-    model = run.model.cfg
     if model.learned_positions and max(lengths) > model.max_seq_len:
         raise UserError(f"lengths: {max(lengths)} is longer than the learned positions, {model.max_seq_len}")
 
@@ -247,9 +261,9 @@ def _scores(run: LoadedRun, requests: Sequence[tuple[Ids, Ids]]) -> list[Score]:
     return [found[i] for i in range(len(requests))]
 
 
-def _held_out(run: LoadedRun) -> Iterable[list[int]]:
-    val = open_run_corpus(run.dir).val
-    return (val.read(doc).tolist() for doc in range(len(val)))
+def held_out(corpus: Corpus) -> Iterable[list[int]]:
+    """The tokens of each document of the validation split."""
+    return (corpus.val.read(doc).tolist() for doc in range(len(corpus.val)))
 
 
 def _file(text: Path, tokenizer: Tokenizer) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ import pytest
 import torch
 
 from configs.question import Metric
+from configs.schema import RunConfig
 from data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
-from eval import needle
+from eval import needle, report
 from eval.ablation_runs import read_metric
+from eval.corpus_tasks import open_run_corpus
 from eval.needle import Asker, Question, Variant, haystack, measure
 from eval.run import open_run
 from eval.scoring import Score
 from models import Batch, UserError
+from models.parsing import from_dict
+from tests.runs import PLAIN, one_error, train, write_config
 from tests.test_eval_runs import LEARNED, LLAMA, add_corpus, tiny_model, write_run
 
 TEXT = "".join(f"The word after {n} is {n + 1}. Is it? It is, {'and ' * (n % 7)}so on!\n" for n in range(200))
@@ -140,7 +145,7 @@ def test_a_run_is_judged(run: Path):
     """As scored one choice at a time, from a tokenizer and logits alone."""
     loaded, variant = open_run(run, "cpu"), Variant(keys=2, queries=2)
     results = needle.evaluate(loaded, [200, 260], 3, 2, variant)
-    text = haystack(loaded.tokenizer, needle._held_out(loaded), 260, 260 * needle.PIECES)
+    text = haystack(loaded.tokenizer, needle.held_out(open_run_corpus(run)), 260, 260 * needle.PIECES)
     asker = Asker(loaded.tokenizer, text, variant, 3, 0)
     right, exact = [], []
     for length in (200, 260):
@@ -210,3 +215,36 @@ def test_learned_positions_end(tmp_path: Path):
     run = open_run(write_run(tmp_path / "run", tiny_model(LEARNED)), "cpu")
     with pytest.raises(UserError, match="lengths: 32 is longer than the learned positions, 24"):
         needle.evaluate(run, [16, 32])
+
+
+# -- when a run ends
+
+
+def test_a_run_is_judged_at_its_end_or_refused_before_it_starts(tmp_path: Path):
+    """As the command's defaults judge it; a row that the held-out text, a question or the positions do not fit is refused."""
+    path = write_config(tmp_path, PLAIN, eval={"needle": [200]})
+    ran = train(path)
+    assert "| needle: tokens | depth 0% | depth 25% |" in ran.out
+    (file,) = (ran.run / "eval").glob("needle_*.json")
+    stored = json.loads(file.read_text())
+    assert stored["answers"] == needle.DEPTHS * needle.SAMPLES
+    assert stored["config"] == {
+        **{"step": 12, "trained_length": 32, "text": None, "samples": needle.SAMPLES, "seed": 0},
+        **asdict(Variant()),
+    }
+    assert report.summary(ran.run)["eval"] == {"needle/acc": stored["accuracy"]}
+    one_error(
+        train(path, "name=refused", "eval.needle=[100000]"),
+        "tokens, and the longest row 100000",
+        "eval.needle: the text",
+    )
+    one_error(train(path, "name=refused", "eval.needle=[30]"), "eval.needle: lengths: needles and questions alone are")
+    learned = ("model.learned_positions=true", "model.max_seq_len=64")
+    one_error(train(path, "name=refused", *learned), "lengths: 200 is longer than the learned positions, 64")
+    assert not (tmp_path / "runs" / "refused").exists()
+
+
+def test_a_task_is_no_text():
+    raw = {"model": PLAIN, "data": {"synthetic": {"kind": "mqar"}, "seq_len": 64}, "eval": {"needle": [512]}}
+    with pytest.raises(UserError, match=r"eval\.needle judges text"):
+        from_dict(RunConfig, raw)
