@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data import Corpus
 from data.tokenizer import Tokenizer
 from eval.corpus_tasks import open_run_corpus
+from eval.inspection.figures import new_figure
 from eval.run import LoadedRun, open_run
 from eval.scoring import Ids, Score, Scorer
 from eval.tables import markdown
@@ -43,6 +44,7 @@ CITIES = (
 ONE, ONE_OF = "The secret number of {city} is", "One of the secret numbers of {city} is"
 NUMBERS = (10_000, 100_000)
 SENTENCE_END = re.compile(r"[.!?\n]\s*$")
+DARK = 0.35  # from the middle of a scale of length 1: from there on numbers in a picture are white
 NEAR = 0.05  # of a haystack: how far a needle is moved back at most to stand between two sentences
 
 
@@ -186,10 +188,10 @@ Judge = Callable[[Sequence[tuple[Ids, Ids]]], Sequence[Score]]
 
 
 def measure(questions: Sequence[Question], variant: Variant, depths: np.ndarray, judge: Judge) -> dict[str, Any]:
-    """-> {"accuracy", "exact", "answers", "by": {"length", "depth", "length-depth": {label: the same three}}}.
+    """-> {"accuracy", "exact", "answers", "stderr", "by": {"length", "depth", "length-depth": {label: the first three}}}.
 
     accuracy: how many of the right numbers are among the as many most likely choices; exact: how many of the questions greedy
-    decoding would answer with a right number.
+    decoding would answer with a right number; stderr: of the accuracy, over all questions.
     """
     scores = iter(judge([(q.context, choice) for q in questions for choice in q.choices]))
     groups: dict[tuple[str, str], list[tuple[float, bool]]] = {}
@@ -206,7 +208,12 @@ def measure(questions: Sequence[Question], variant: Variant, depths: np.ndarray,
     for (name, label), judged in groups.items():
         mean = np.mean(judged, axis=0).tolist()
         by.setdefault(name, {})[label] = {"accuracy": mean[0], "exact": mean[1], "answers": len(judged)}
-    return {**by.pop("")[""], "by": by}
+    # Later questions are about needles anywhere, so their depths do not come in order.
+    labels = [f"{100 * depth:.0f}%" for depth in depths]
+    by["depth"] = {label: by["depth"][label] for label in labels if label in by["depth"]}
+    n = len(questions)
+    spread = np.std([right for right, _ in groups["", ""]], ddof=min(1, n - 1))
+    return {**by.pop("")[""], "stderr": float(spread / n**0.5), "by": by}
 
 
 def evaluate(
@@ -225,8 +232,9 @@ def evaluate(
     documents = held_out(open_run_corpus(run.dir)) if text is None else [_file(text, tokenizer)]
     asked, grid = questions(tokenizer, documents, lengths, depths, samples, variant, seed)
     found = measure(asked, variant, grid, lambda pairs: _scores(run, pairs))
+    metrics = {"acc,none": found["accuracy"], "acc_stderr,none": found["stderr"], "exact,none": found["exact"]}
     results = {
-        "results": {variant.name: {"alias": variant.name, "acc,none": found["accuracy"], "exact,none": found["exact"]}},
+        "results": {variant.name: {"alias": variant.name, **metrics}},
         "n-samples": {variant.name: {"original": found["answers"], "effective": found["answers"]}},
         "config": {
             "step": run.step,
@@ -275,17 +283,42 @@ def _file(text: Path, tokenizer: Tokenizer) -> list[int]:
 
 def table(results: dict[str, Any]) -> str:
     """Accuracy by length and depth, and what guessing would give."""
-    (name,), by = results["results"], results["by"]
+    (name,), by, trained = results["results"], results["by"], results["config"]["trained_length"]
     rows = [
-        (length, *(by["length-depth"].get(f"{length}-{depth}", {}).get("accuracy") for depth in by["depth"]), *ends)
+        (
+            f"{length}{' (longer than trained at)' if trained and int(length) > trained else ''}",
+            *(by["length-depth"].get(f"{length}-{depth}", {}).get("accuracy") for depth in by["depth"]),
+            *ends,
+        )
         for length, one in by["length"].items()
         if (ends := (one["accuracy"], one["exact"]))
     ]
     head = (f"{name}: tokens", *(f"depth {depth}" for depth in by["depth"]), "all", "greedy exact")
     return (
-        f"{markdown(head, rows)}\nover {results['answers']} questions: accuracy {results['accuracy']:.4f}, greedy exact "
-        f"{results['exact']:.4f}; guessing: {results['guess']:.4f}"
+        f"{markdown(head, rows)}\nover {results['answers']} questions: accuracy {results['accuracy']:.4f} "
+        f"(standard error {results['stderr']:.4f}), greedy exact {results['exact']:.4f}; guessing: {results['guess']:.4f}"
     )
+
+
+def draw(results: dict[str, Any], where: IO[bytes]) -> None:
+    """The table as a picture (PNG): white is guessing, blue better, red worse."""
+    from matplotlib.colors import CenteredNorm
+
+    by, guess = results["by"], results["guess"]
+    shares = [
+        [by["length-depth"].get(f"{n}-{d}", {}).get("accuracy", np.nan) for d in by["depth"]] for n in by["length"]
+    ]
+    figure = new_figure(3 + 0.8 * len(by["depth"]), 1.8 + 0.45 * len(shares))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, "RdBu", aspect="auto", norm=CenteredNorm(guess, max(guess, 1 - guess)))
+    for (row, column), share in np.ndenumerate(np.array(shares)):
+        color = "white" if abs(image.norm(share) - 0.5) > DARK else "black"
+        axes.text(column, row, "" if np.isnan(share) else f"{share:.2f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(by["depth"])), by["depth"])
+    axes.set_yticks(range(len(shares)), by["length"])
+    axes.set(xlabel="depth of the needle", ylabel="tokens", title=f"accuracy (guessing: {guess:.2f})")
+    figure.colorbar(image, ax=axes).ax.set_ylim(0, 1)
+    figure.savefig(where, format="png")
 
 
 @guard

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import history, html
+from eval import history, html, needle
 from eval.html import EMPTY, Markup, folded, joined, table, tag, text
 from eval.inspection.attribution import lost_without
 from eval.inspection.numbers import number
@@ -163,6 +163,10 @@ def _evaluation(path: Path) -> Markup:
     if slices and len({len(row) for row in slices}) == 1:
         names = next(iter(next(iter(found["by"].values())).values()))
         parts.append(table(("slice", "of", *names), slices))
+    if "length-depth" in (found.get("by") or {}):
+        drawn = io.BytesIO()
+        needle.draw(found, drawn)
+        parts.append(html.picture(drawn.getvalue(), "Accuracy by length and depth", width=520))
     return joined(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from configs.question import Metric
 from configs.schema import RunConfig
 from data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
-from eval import needle, report
+from eval import needle, report, run_page
 from eval.ablation_runs import read_metric
 from eval.corpus_tasks import open_run_corpus
 from eval.needle import Asker, Question, Variant, haystack, measure
@@ -87,6 +88,9 @@ def test_chance(variant: Variant):
     )
     assert found["accuracy"] == pytest.approx(variant.guess, abs=5 * 0.5 / len(asked) ** 0.5)
     assert found["exact"] == 0
+    if variant.values == 1:
+        assert found["stderr"] == pytest.approx((variant.guess * (1 - variant.guess) / len(asked)) ** 0.5, rel=0.2)
+    assert [*found["by"]["depth"]] == ["0%", "25%", "50%", "75%", "100%"]
     # Nothing can be told apart: no answer is right.
     equal = measure(asked, variant, np.linspace(0, 1, 5), lambda requests: [Score(-1.0, False) for _ in requests])
     assert equal["accuracy"] <= max(0.0, 2 * variant.values / variant.choices - 1)
@@ -160,6 +164,7 @@ def test_a_run_is_judged(run: Path):
             right.append(scores.index(max(scores)) == 0)
     assert results["accuracy"] == pytest.approx(np.mean(right))
     assert results["exact"] == pytest.approx(np.mean(exact))
+    assert results["stderr"] == pytest.approx(np.std(right, ddof=1) / len(right) ** 0.5)
     stored = json.loads((run / "eval" / "needle_keys-2_queries-2_7.json").read_text())
     assert stored == json.loads(json.dumps(results))
     assert stored["results"]["needle_keys-2_queries-2"]["acc,none"] == results["accuracy"]
@@ -170,6 +175,21 @@ def test_a_run_is_judged(run: Path):
         assert total / len(right) == pytest.approx(results["accuracy"])
     metric = Metric("eval/needle_keys-2_queries-2/by/length/260/accuracy")
     assert read_metric(metric, run, 7) == results["by"]["length"]["260"]["accuracy"]
+
+
+def test_in_a_picture_on_the_page_of_the_run(run: Path):
+    """Also with cells in which nothing was asked, and of one question alone."""
+    image = pytest.importorskip("matplotlib.image")
+    needle.evaluate(open_run(run, "cpu"), [200], 1, 1)
+    found = json.loads((run / "eval" / "needle_7.json").read_text())
+    assert (found["stderr"], found["answers"]) == (0, 1)
+    found["by"]["length"]["260"] = {"accuracy": 0.0, "exact": 0.0, "answers": 0}
+    drawn = io.BytesIO()
+    needle.draw(found, drawn)
+    drawn.seek(0)
+    assert image.imread(drawn)[..., :3].std() > 0.02
+    source = run_page.page(run, {})
+    assert source.count("data:image/png") == len([*(run / "eval").glob("needle*.json")])
 
 
 def test_the_command_on_an_exported_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -224,7 +244,7 @@ def test_a_run_is_judged_at_its_end_or_refused_before_it_starts(tmp_path: Path):
     """As the command's defaults judge it; a row that the held-out text, a question or the positions do not fit is refused."""
     path = write_config(tmp_path, PLAIN, eval={"needle": [200]})
     ran = train(path)
-    assert "| needle: tokens | depth 0% | depth 25% |" in ran.out
+    assert "| 200 (longer than trained at) |" in ran.out
     (file,) = (ran.run / "eval").glob("needle_*.json")
     stored = json.loads(file.read_text())
     assert stored["answers"] == needle.DEPTHS * needle.SAMPLES
