@@ -188,7 +188,8 @@ def table(results: dict[str, Any]) -> str:
     name, tasks, rows = results["config"]["suite"], results["tasks"], []
     for label, metrics in results["results"].items():
         guess = tasks.get(label.removeprefix(f"{name}."), {}).get("guess")
-        for metric in [m for m in metrics if m != "alias" and (guess is None or m == "acc,none")]:
+        shown = [m for m in metrics if m != "alias" and "_stderr" not in m]
+        for metric in [m for m in shown if guess is None or m == "acc,none"]:
             rows.append(
                 (label, metric.partition(",")[0], metrics[metric], guess, results["n-samples"][label]["effective"])
             )

@@ -106,6 +106,9 @@ def test_long_contexts_of_text(trained: Path, monkeypatch: pytest.MonkeyPatch):
     assert {"loss_16,none", "loss_64,none"} <= set(found["results"]["long.text_length"])
     assert "skipped" in found["tasks"]["text needle"]
     assert "long.text needle was left out" in suites.table(found)
+    monkeypatch.setitem(suites.SUITES, "long", suites.Suite("short", synthetic={}, needles=(120,)))
+    said = suites.table(suites.evaluate(open_run(trained, "cpu"), "long", bar=False))
+    assert [line.split("|")[2].strip() for line in said.splitlines() if "text_needle" in line] == ["acc", "exact"]
 
 
 def test_rows_that_are_longer_than_learned_positions():
