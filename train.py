@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
@@ -28,9 +27,8 @@ import torch
 from configs import schema
 from configs.schema import RunConfig
 from data import Corpus, Loader, Stream, Synthetic, open_corpus, prepare
-from eval import recall, suites
+from eval import asked, suites
 from eval.generate import sample_text
-from eval.run import open_run
 from eval.validation import sentence, validate
 from models import LM, Batch, UserError, build, zoo
 from models.errors import guard
@@ -164,9 +162,9 @@ def train(cfg: RunConfig, w: World, args: argparse.Namespace, stop: StopSignal) 
                     log.write(done, {"val": found})
                     log.say(f"step {done}: {sentence(found)}")
             if cfg.eval.suites and (done % (cfg.eval.suite_every or -(-t.steps // 20)) == 0 or last):
-                asked = suites.during(model, cfg.eval.suites, cfg.eval.suite_rows, autocast, w)
+                found = suites.during(model, cfg.eval.suites, cfg.eval.suite_rows, autocast, w)
                 if log:
-                    log.write(done, {"suite": asked})
+                    log.write(done, {"suite": found})
             wanted = t.sample_every >= 0 and (done % t.every("sample_every") == 0 or last)
             if wanted and data.tokenizer is not None:
                 with serving(model.tables()):
@@ -269,21 +267,8 @@ def complete(cfg: RunConfig, data: Corpus | Synthetic) -> RunConfig:
         limit = f"model.max_seq_len={model.max_seq_len}"
         raise UserError(f"data.seq_len={cfg.data.seq_len} is longer than the learned positions, {limit}")
     if isinstance(data, Corpus):
-        check_held_out(cfg, data)
+        asked.check_text(cfg, data)
     return dataclasses.replace(cfg, model=model)
-
-
-def check_held_out(cfg: RunConfig, corpus: Corpus) -> None:
-    """Raise UserError now for what the held-out text is too short for."""
-    if (longest := max(cfg.eval.length, default=0)) > (held := max(corpus.val.lengths)):
-        raise UserError(f"eval.length: no held-out document has {longest} tokens, the longest has {held}")
-    if cfg.eval.needle:
-        from eval.needle import held_out, questions
-
-        try:
-            questions(corpus.tokenizer, held_out(corpus), cfg.eval.needle)
-        except UserError as error:
-            raise UserError(f"eval.needle: {error}") from error
 
 
 def describe(cfg: RunConfig, w: World, data: Corpus | Synthetic, model: LM, notes: list[str]) -> Path:
@@ -311,65 +296,6 @@ def say(w: World, text: str) -> None:
 
 
 # -- the command
-
-
-def check_judge(cfg: RunConfig) -> None:
-    """Raise UserError now for what `judge` could not do when the run ends."""
-    for changes in cfg.eval.recall:
-        recall.changed(cfg, changes.split())
-    for name in cfg.eval.suites:
-        suites.suite(name)
-    if cfg.eval.length:
-        from eval.length import check
-
-        check(cfg.model, cfg.eval.length)
-    if cfg.eval.needle:
-        from eval.needle import check
-
-        check(cfg.model, cfg.eval.needle)
-    if not cfg.eval.tasks:
-        return
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("eval.tasks needs the package lm-eval, which is not installed; eval.tasks=[] goes without")
-    from eval.corpus_tasks import NAMES
-
-    others = [task for task in cfg.eval.tasks if task not in NAMES]
-    if others:
-        from eval.judge import find_tasks
-
-        find_tasks(others, [])
-
-
-def judge(cfg: RunConfig, folder: Path) -> None:
-    """The last sample, and what the run's `eval` section asks for, on the finished run; of a synthetic task its accuracy."""
-    for name in cfg.eval.suites:
-        print(suites.table(suites.evaluate(open_run(folder, cfg.train.device, tasks=True), name)))
-    if cfg.data.synthetic is not None:
-        for changes in ("", *cfg.eval.recall):
-            print(recall.table(recall.evaluate(folder, changes.split(), device=cfg.train.device)))
-        return
-    if (folder / "samples.txt").is_file():
-        print("sample at step", (folder / "samples.txt").read_text(encoding="utf-8").rpartition("=== step ")[2])
-    if cfg.eval.baselines:
-        from eval.baselines import run_baselines, table
-
-        print(table(run_baselines(folder)))
-    if cfg.eval.frequency:
-        from eval import frequency
-
-        print(frequency.table(frequency.run_frequency(folder, cfg.eval.frequency, cfg.train.device)))
-    if cfg.eval.length:
-        from eval import length
-
-        print(length.table(length.evaluate(open_run(folder, cfg.train.device), cfg.eval.length)))
-    if cfg.eval.needle:
-        from eval import needle
-
-        print(needle.table(needle.evaluate(open_run(folder, cfg.train.device), cfg.eval.needle)))
-    if cfg.eval.tasks:
-        from eval.judge import evaluate, print_table
-
-        print_table(evaluate(folder, list(cfg.eval.tasks), limit=cfg.eval.limit))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -423,14 +349,14 @@ def main(argv: list[str] | None = None) -> int:
     check_loggers(cfg.log)
     with world(cfg.train.device) as w, StopSignal() as stop:
         is_main = w.is_main
-        on_main(partial(check_judge, cfg), w)
+        on_main(partial(asked.check, cfg), w)
         folder, finished = train(cfg, w, args, stop)
     if not is_main:
         return 0
     if not finished:
         print(f"stopped; continue with: python train.py --resume {folder}")
         return 0
-    judge(cfg, folder)
+    asked.answer(cfg, folder)
     write_finished(folder)
     print(f"finished: {folder}")
     return 0
