@@ -74,7 +74,7 @@ def ratio_table() -> str:
 
 
 def question_table(name: str) -> str:
-    """What `ablate.py` found by its first metric, a line per variant, and in words; of other metrics the means."""
+    """What `ablate.py` found by its first metric, a line per variant that has runs, and in words; of other metrics the means."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
     first, *others = dict.fromkeys(r["metric"] for r in found["results"])
     question = found["question"]
@@ -84,19 +84,23 @@ def question_table(name: str) -> str:
     head += [f"difference to {found['baseline']}", *others]
     mean = {(r["variant"], r["metric"]): r["mean"] for r in found["results"]}
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for r in (r for r in found["results"] if r["metric"] == first):
+    for r in (r for r in found["results"] if r["metric"] == first and r["n"]):
         cost, c = found["costs"][r["variant"]], r["comparison"]
         cells = [r["variant"], f"{cost['params']:,}", f"{cost['flops_per_token']:,.0f}", f"{cost['state_bytes']:,.0f}"]
         cells += [cell(sweep["chosen"][r["variant"]])] if sweep else []
-        cells += [f"{r['mean']:.3f} ± {r['sd']:.3f} (n={r['n']})"]
+        spread = "" if r["sd"] is None else f" ± {r['sd']:.3f}"
+        cells += [f"{r['mean']:.3f}{spread} (n={r['n']})"]
         cells += [f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" if c else ""]
-        cells += [f"{mean[r['variant'], metric]:.3f}" for metric in others]
+        cells += [_short(mean[r["variant"], metric]) for metric in others]
         lines.append(f"| {' | '.join(cells)} |")
-    said = [r["sentence"] for r in found["results"] if r["metric"] == first and r["sentence"]]
+    said = [r["sentence"] for r in found["results"] if r["metric"] == first and r["sentence"] and r["comparison"]]
     if all(r["verdict"] in ("", "no difference shown") for r in found["results"] if r["metric"] == first):
         few = f": with {len(found['seeds'])} seeds nothing is claimed" if len(found["seeds"]) < MIN_SEEDS else ""
         said = [f"no difference shown{few}"]
-    tables = [curve_table(curve, found["costs"]) for curve in found.get("curves", ())]
+    ended = sum(run["state"] == "finished" for run in found["runs"])
+    if ended < len(found["runs"]):
+        said.append(f"{ended} of {len(found['runs'])} runs are finished")
+    tables = [curve_table(curve, (v for v, c in found["costs"].items() if c)) for curve in found.get("curves", ())]
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said), *tables])
 
 
@@ -105,9 +109,12 @@ def curve_table(curve: dict[str, Any], variants: Iterable[str]) -> str:
     lines = [f"\n| {curve['path']} over {curve['label']} | {' | '.join(map(cell, curve['over']))} |"]
     lines += [f"|{' --- |' * (1 + len(curve['over']))}"]
     for variant in variants:
-        means = ["" if mean is None else f"{mean:.3f}" for mean in curve["means"][variant]]
-        lines.append(f"| {variant} | {' | '.join(means)} |")
+        lines.append(f"| {variant} | {' | '.join(map(_short, curve['means'][variant]))} |")
     return "\n".join(lines)
+
+
+def _short(mean: float | None) -> str:
+    return "" if mean is None else f"{mean:.3f}"
 
 
 def render(text: str) -> str:
