@@ -8,7 +8,7 @@ pairs (clustered ones hide the effect); those at a distance that no window reach
 so a memory that keeps the earliest tokens would do: every run is also judged, without further training, with filler before the pairs
 (lead 16 and 32): what depends on content stays, what depends on position falls. With random filler, which no surprise tells from a
 pair: data.synthetic.filler=random --out runs/bmojo_mqar_random. Each variant has its own learning rate, chosen on a seed that is
-not compared: at B'MOJO's, Mamba-2 and the hybrid look far worse than they are.
+not compared: at B'MOJO's, Mamba-2 looks far worse than it is.
 """
 
 from configs.question import Curve, Question, Sweep, Variant
