@@ -340,8 +340,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ablate.py",
         usage="ablate.py QUESTION.py [key=value ...] [options]",
-        description="Train every variant of a question with every seed, and say what differs. The same command goes on "
-        "with what is left; what is finished is not repeated.",
+        description="Train every variant of a question with every seed, and say what differs; where the question has a sweep, "
+        "first choose for each variant the value that suits it. The same command goes on with what is left; what is finished "
+        "is not repeated.",
         epilog="example: python ablate.py configs/ablations/mixers_mqar.py --seeds 5 --jobs 2 --minutes 30",
     )
     flag = partial(parser.add_argument, action="store_true")
