@@ -106,3 +106,12 @@ def test_equal_results_and_small_values(stand_in: Path):
     assert found is not None
     assert found.results("a") == [2.0, 2.0, 2.0]
     assert found.best("a") == 0
+
+
+def test_more_may_be_better(stand_in: Path):
+    """The first metric decides, in its own direction: here it grows with the rate."""
+    asked = write_question(
+        stand_in, "'b': Variant()", "seeds=1, metrics=['val/by/pairs/4/accuracy', 'val/loss'], " + SWEEP
+    )
+    assert ablate.main([str(asked)]) == 0
+    assert rates(stand_in / "runs" / "asked") == {"a-s0": 1.0, "b-s0": 1.0}
