@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-import ablate
 from bench.recall import summarize
 from configs import schema
 from configs.schema import RunConfig
 from data.synthetic.task import Task
+from eval import ablation_queue as queue
 from eval.recall import validation_rows
 from models.errors import UserError, nearest
 
@@ -121,9 +121,9 @@ def run(names: Sequence[str], seeds: int, folder: Path = FOLDER, tiny: bool = Fa
         if name not in RECIPES:
             raise UserError(f"no recipe for the task '{name}'{nearest(name, RECIPES)}")
     configs = {name: RECIPES[name].load(tiny) for name in names or RECIPES}
-    runs = ablate.plan(configs, range(seeds), folder)
-    place = ablate.places_for(1, ablate.visible_gpus(list(configs.values())), ablate.cores())
-    ablate.ablate(runs, ablate.Means(place, deadline=float("inf"), retry=True, flags=[]))
+    runs = queue.plan(configs, range(seeds), folder)
+    place = queue.places_for(1, queue.visible_gpus(list(configs.values())), queue.cores())
+    queue.train_all(runs, queue.Means(place, deadline=float("inf"), retry=True, flags=[]))
     for one in runs:
         if not one.is_finished():
             raise UserError(f"{one.name} is not finished, see {one.note('log')}; the same command goes on")

@@ -58,13 +58,12 @@ def model(case: Case) -> LM:
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`ablate.py` starts this instead of `train.py`. -> the folder that `write_question` writes to."""
-    import ablate
-    from eval import ablation_report
+    from eval import ablation_queue, ablation_report
     from tests.stand_in import PLOTS, STAND_IN
 
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(ablate, "TRAIN", script)
+    monkeypatch.setattr(ablation_queue, "TRAIN", script)
     for name in PLOTS:
         monkeypatch.setattr(ablation_report, name, lambda *_: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -21,7 +21,7 @@ import ablate
 import train
 from configs.question import Curve, Metric, Question, Variant, load_question, resolve
 from data import DataConfig
-from eval import ablation_report
+from eval import ablation_queue, ablation_report
 from eval.ablation import answer, measured, sentence
 from eval.ablation_report import render
 from eval.ablation_runs import Costs, read_run
@@ -66,7 +66,7 @@ def test_all_runs_then_a_report_and_nothing_twice(
 def test_seeds_take_turns(stand_in: Path):
     """Whatever is cut short holds whole pairs."""
     question = load_question(write_question(stand_in, "'b': Variant(['optim.lr=0.2'])", "seeds=[4, 2]"))
-    runs = ablate.plan(resolve(question), question.all_seeds(), stand_in)
+    runs = ablation_queue.plan(resolve(question), question.all_seeds(), stand_in)
     assert [r.name for r in runs] == ["a-s4", "b-s4", "a-s2", "b-s2"]
     assert [(r.config.seed, r.config.optim.lr) for r in runs] == [(4, 5e-3), (4, 0.2), (2, 5e-3), (2, 0.2)]
 
@@ -164,7 +164,7 @@ def test_a_killed_queue_leaves_its_runs_alone(stand_in: Path, capsys: pytest.Cap
         stand_in, "'b': Variant(['optim.lr=0.2'])", "seeds=1", train={"sample_prompt": "slow", "steps": 40}
     )
     runs = stand_in / "runs" / "asked"
-    parent = start_queue(ablate.TRAIN, asked)
+    parent = start_queue(ablation_queue.TRAIN, asked)
     log = runs / "a-s0" / "metrics.jsonl"
     when(lambda: log.is_file() and log.read_text().count("\n") >= 2, parent.kill).join()
     assert parent.wait(60) == -signal.SIGKILL
@@ -182,8 +182,8 @@ def test_a_killed_queue_leaves_its_runs_alone(stand_in: Path, capsys: pytest.Cap
 def start_queue(script: Path, *words: str | Path) -> subprocess.Popen[bytes]:
     """`ablate.py WORDS` in a process, with ``script`` for train.py."""
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ablate; from pathlib import Path\n"
-        f"ablate.TRAIN = Path({str(script)!r}); sys.exit(ablate.main(sys.argv[1:]))"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ablate; from eval import ablation_queue; from pathlib import Path\n"
+        f"ablation_queue.TRAIN = Path({str(script)!r}); sys.exit(ablate.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -192,14 +192,14 @@ def start_queue(script: Path, *words: str | Path) -> subprocess.Popen[bytes]:
 
 def test_places(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert ablate.places_for(None, [], 8) == [{"OMP_NUM_THREADS": "8"}]
-    assert ablate.places_for(3, [], 8) == [{"OMP_NUM_THREADS": "2"}] * 3
-    assert ablate.places_for(16, [], 8) == [{"OMP_NUM_THREADS": "1"}] * 16
+    assert ablation_queue.places_for(None, [], 8) == [{"OMP_NUM_THREADS": "8"}]
+    assert ablation_queue.places_for(3, [], 8) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert ablation_queue.places_for(16, [], 8) == [{"OMP_NUM_THREADS": "1"}] * 16
     one_each = [{"CUDA_VISIBLE_DEVICES": name} for name in ("3", "5")]
-    assert ablate.places_for(None, ["3", "5"], 8) == one_each
-    assert ablate.places_for(3, ["3", "5"], 8) == [*one_each, one_each[0]]
+    assert ablation_queue.places_for(None, ["3", "5"], 8) == one_each
+    assert ablation_queue.places_for(3, ["3", "5"], 8) == [*one_each, one_each[0]]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert ablate.places_for(3, [], 8) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert ablation_queue.places_for(3, [], 8) == [{"OMP_NUM_THREADS": "2"}] * 3
 
 
 # -- the report
@@ -517,7 +517,7 @@ def test_a_seed_is_one_data_order(tmp_path: Path, data: str):
     configs = resolve(question)
 
     def batches(variant: str, seed: int) -> list[torch.Tensor]:
-        (run,) = ablate.plan({variant: configs[variant]}, [seed], tmp_path)
+        (run,) = ablation_queue.plan({variant: configs[variant]}, [seed], tmp_path)
         with world("cpu") as w:
             source = train.open_data(run.config, w, None)
             cfg = train.complete(run.config, source)
