@@ -87,11 +87,7 @@ RECIPES = {
         ),
     ),
     "needle": Recipe("two layers of attention (arXiv:2209.11895)"),
-    "path_star": Recipe(
-        "a geometry of the embeddings (arXiv:2510.26745)",
-        "configs/path-star.yaml",
-        ("data.synthetic={kind: path_star, degree: 256, length: 4, vocab_size: 774}",),
-    ),
+    "path_star": Recipe("a geometry of the embeddings (arXiv:2510.26745)", "configs/path-star.yaml"),
     "selective_copying": Recipe(
         "attention (arXiv:2402.01032)",
         changes=("data.synthetic={kind: selective_copying}", "model.d_model=128", "optim.lr=5e-3", "train.steps=600"),

@@ -34,7 +34,8 @@ _GRAPH = 8  # what the draws of a graph are for, beside those of rows
 class PathStar(Task):
     """`length`: nodes of a path, root and leaf included. `recipe`: edges and paths together, or only one of the two (edges first,
     then paths from the weights of that run, is the staged recipe). `answers`: of a path everything, or its first node behind the
-    root alone. `edges`: how many examples of the mixed recipe are edges, in validation too."""
+    root alone. `edges`: how many examples of the mixed recipe are edges, in validation too; at a half each path is seen
+    several times as often as each edge, and is learned by heart rather than from the edges."""
 
     kind: str = "path_star"
     degree: int = 12
