@@ -191,7 +191,8 @@ def measure(questions: Sequence[Question], variant: Variant, depths: np.ndarray,
     """-> {"accuracy", "exact", "answers", "stderr", "by": {"length", "depth", "length-depth": {label: the first three}}}.
 
     accuracy: how many of the right numbers are among the as many most likely choices; exact: how many of the questions greedy
-    decoding would answer with a right number; stderr: of the accuracy, over all questions.
+    decoding would answer with a right number; stderr: of the accuracy, over rows, since questions of one row are not independent
+    (so rows must be whole).
     """
     scores = iter(judge([(q.context, choice) for q in questions for choice in q.choices]))
     groups: dict[tuple[str, str], list[tuple[float, bool]]] = {}
@@ -211,9 +212,9 @@ def measure(questions: Sequence[Question], variant: Variant, depths: np.ndarray,
     # Later questions are about needles anywhere, so their depths do not come in order.
     labels = [f"{100 * depth:.0f}%" for depth in depths]
     by["depth"] = {label: by["depth"][label] for label in labels if label in by["depth"]}
-    n = len(questions)
-    spread = np.std([right for right, _ in groups["", ""]], ddof=min(1, n - 1))
-    return {**by.pop("")[""], "stderr": float(spread / n**0.5), "by": by}
+    rows = np.reshape([right for right, _ in groups["", ""]], (-1, variant.queries)).mean(axis=1)
+    spread = np.std(rows, ddof=min(1, len(rows) - 1))
+    return {**by.pop("")[""], "stderr": float(spread / len(rows) ** 0.5), "by": by}
 
 
 def evaluate(
