@@ -75,6 +75,11 @@ class Metric:
         object.__setattr__(self, "more_is_better", more if self.more_is_better is None else self.more_is_better)
         object.__setattr__(self, "unit", unit if self.unit is None else self.unit)
 
+    @property
+    def direction(self) -> str:
+        """With its unit, "nats, less is better"."""
+        return f"{self.unit}, " * bool(self.unit) + f"{'more' if self.more_is_better else 'less'} is better"
+
 
 @dataclass(frozen=True)
 class Curve:

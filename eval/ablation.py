@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.question import MIN_SEEDS, Metric, Question, other_setting
+from configs.question import MIN_SEEDS, Curve, Metric, Question, other_setting
 from configs.schema import RunConfig
 from eval.ablation_runs import Costs, RunResult, read_run, run_name
 from eval.ablation_sweep import Swept, read_sweep
@@ -66,6 +66,15 @@ class Answer:
                 "peak_memory_bytes": max(peaks, default=None),
             }
         )
+
+    def along(self, curve: Curve, variant: str) -> list[list[float]]:
+        """What the variant's finished runs reached at each setting of the curve."""
+        runs = [r.values for r in self.runs if r.variant == variant]
+        return [[run[m.path] for run in runs if m.path in run] for m in curve.metrics()]
+
+    def means(self, curve: Curve, variant: str) -> list[float | None]:
+        """Of `along`; None where no run reached anything."""
+        return [statistics.fmean(v) if v else None for v in self.along(curve, variant)]
 
 
 def answer(question: Question, folder: Path, seeds: Sequence[int]) -> Answer:

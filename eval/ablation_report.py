@@ -11,14 +11,12 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from configs import schema
-from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Metric, Question
+from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Question
 from eval.ablation import Answer, Line, verdict
+from eval.ablation_plots import plot_curves, plot_losses, plot_quality
 from eval.ablation_runs import Costs, run_name
 from eval.ablation_sweep import Swept
-from eval.history import SMOOTH, read_metrics, smooth
 from eval.statistics import mean_and_sd
 from eval.tables import cell, markdown
 from models.errors import UserError
@@ -37,20 +35,15 @@ def render(found: Answer) -> str:
         parts += [f"## What was chosen: {found.swept.sweep.key}", _sweep_table(found, found.swept)]
     for metric in dict.fromkeys(line.metric for line in found.lines):
         lines = [line for line in found.lines if line.metric is metric]
-        parts += [f"## {metric.path}, {_direction(metric)}", _quality(found, lines)]
+        parts += [f"## {metric.path}, {metric.direction}", _quality(found, lines)]
         parts.append("\n".join(f"- {line.sentence}" for line in lines if line.sentence))
     for curve in question.curves:
-        parts += [f"## {curve.path}, {_direction(curve.metrics()[0])}", _curve_table(found, curve)]
+        parts += [f"## {curve.path}, {curve.metrics()[0].direction}", _curve_table(found, curve)]
     parts += ["## What it costs", _cost_table(found)]
     parts += [f"Changes to the baseline:\n\n{_changes(found)}"]
     if trouble := _trouble(found):
         parts += ["## Runs that are not in the tables", trouble]
     return "\n\n".join(p for p in parts if p)
-
-
-def _direction(metric: Metric) -> str:
-    unit = f"{metric.unit}, " if metric.unit else ""
-    return f"{unit}{'more' if metric.more_is_better else 'less'} is better"
 
 
 def _protocol(found: Answer) -> str:
@@ -112,16 +105,8 @@ def _quality(found: Answer, lines: Sequence[Line]) -> str:
 
 def _curve_table(found: Answer, curve: Curve) -> str:
     """A row for every variant: means over its finished runs."""
-    means = [[mean for mean, _ in _along(found, curve, variant)] for variant in found.question.variants]
-    rows = [(variant, *row) for variant, row in zip(found.question.variants, means, strict=True)]
+    rows = [(variant, *found.means(curve, variant)) for variant in found.question.variants]
     return markdown((curve.label, *map(cell, curve.over)), rows)
-
-
-def _along(found: Answer, curve: Curve, variant: str) -> list[tuple[float | None, float | None]]:
-    """(mean, standard deviation) of a variant at each setting of the curve."""
-    runs = [r.values for r in found.runs if r.variant == variant]
-    values = [[run[m.path] for run in runs if m.path in run] for m in curve.metrics()]
-    return [mean_and_sd(v) if v else (None, None) for v in values]
 
 
 def _cost_table(found: Answer) -> str:
@@ -268,7 +253,7 @@ def _plain(found: Answer) -> dict[str, Any]:
         ],
         "curves": [
             {"path": c.path, "label": c.label, "over": list(c.over)}
-            | {"means": {v: [mean for mean, _ in _along(found, c, v)] for v in question.variants}}
+            | {"means": {v: found.means(c, v) for v in question.variants}}
             for c in question.curves
         ],
         "costs": {v: asdict(c) if (c := found.costs(v)) else None for v in question.variants},
@@ -295,111 +280,3 @@ def _plain_sweep(question: Question, swept: Swept) -> dict[str, Any]:
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no infinity."""
     return {k: v if math.isfinite(v) else None for k, v in values.items()}
-
-
-# -- plots
-
-
-def plot_quality(found: Answer, path: Path) -> None:
-    """The first metric against parameters, state and compute: a point for each variant, its bar one standard deviation."""
-    metric = found.lines[0].metric
-    figure = _figure(12, 4)
-    panels = figure.subplots(1, 3, sharey=True)
-    known = [(line, c) for line in found.lines if line.metric is metric and (c := found.costs(line.variant))]
-    axes_of = {"params": "parameters", "state_bytes": "state (bytes)", "flops_per_token": "FLOPs per token"}
-    for axes, (key, label) in zip(panels, axes_of.items(), strict=True):
-        for i, (line, costs) in enumerate(known):
-            if line.values:
-                mean, sd = mean_and_sd(line.values)
-                x = getattr(costs, key)
-                axes.errorbar(x, mean, yerr=sd or 0, fmt="o", capsize=3, color=f"C{i % 10}", label=line.variant)
-        axes.set(xlabel=label)
-        _plain_axes(axes)
-        _scale(axes, [getattr(c, key) for _, c in known])
-    panels[0].set(ylabel=f"{metric.path} ({_direction(metric)})")
-    if any(line.values for line, _ in known):
-        panels[-1].legend(frameon=False, fontsize="small")
-    figure.savefig(str(path))
-
-
-def plot_curves(found: Answer, path: Path) -> None:
-    """A panel for each curve, a line for each variant: the mean of its runs, its bars one standard deviation."""
-    curves = found.question.curves
-    figure = _figure(1.5 + 5 * len(curves), 4)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axes, curve in zip(panels, curves, strict=True):
-        places = [x for x in curve.over if not isinstance(x, str)]
-        if words := len(places) < len(curve.over):
-            places = list(range(len(curve.over)))
-        for i, variant in enumerate(found.question.variants):
-            along = zip(places, _along(found, curve, variant), strict=True)
-            points = [(x, mean, sd or 0.0) for x, (mean, sd) in along if mean is not None]
-            if points:
-                x, mean, sd = zip(*points, strict=True)
-                axes.errorbar(x, mean, yerr=sd, marker="o", markersize=4, capsize=3, color=f"C{i % 10}", label=variant)
-        axes.set(xlabel=curve.label, ylabel=_direction(curve.metrics()[0]))
-        axes.set_title(curve.path, fontsize="medium")
-        _plain_axes(axes)
-        if not words:
-            _scale(axes, places)
-        axes.set_xticks(places, map(cell, curve.over), fontsize="small")
-    panels[-1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(str(path))
-
-
-def plot_losses(found: Answer, folder: Path, path: Path) -> None:
-    """Training loss against tokens: the mean over the finished runs of a variant, between the lowest and the highest."""
-    from matplotlib.ticker import EngFormatter
-
-    figure = _figure(8, 5)
-    axes = figure.add_subplot()
-    for i, variant in enumerate(found.question.variants):
-        runs = [run_name(variant, r.seed) for r in found.runs if r.variant == variant and r.costs]
-        curves = [dict(_curve(folder / run)) for run in runs]
-        shared = sorted(set.intersection(*map(set, curves))) if curves else []
-        if not shared:
-            continue
-        losses = np.array([[curve[t] for t in shared] for curve in curves])
-        width = max(1, round(SMOOTH * len(shared)))
-        losses = np.stack([smooth(row, width) for row in losses])
-        mark = "o" if len(shared) == 1 else None
-        axes.plot(shared, losses.mean(0), color=f"C{i % 10}", marker=mark, label=f"{variant}, n={len(curves)}")
-        axes.fill_between(shared, losses.min(0), losses.max(0), color=f"C{i % 10}", alpha=0.2, linewidth=0)
-    axes.set(xlabel="training tokens", ylabel="training loss (nats)")
-    _plain_axes(axes)
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.legend(frameon=False, fontsize="small")
-    figure.savefig(str(path))
-
-
-def _curve(run: Path) -> Iterator[tuple[int, float]]:
-    for m in read_metrics(run):
-        if isinstance(m.get("loss"), int | float) and "tokens" in m:
-            yield m["tokens"], float(m["loss"])
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _plain_axes(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _scale(axes: Any, values: Sequence[float]) -> None:
-    """A few readable numbers on the x axis, logarithmic where the values are far apart."""
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
-
-    if min(values) > 0 and max(values) > 4 * min(values):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(EngFormatter())
