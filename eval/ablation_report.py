@@ -198,6 +198,8 @@ def write_report(found: Answer, out: Path) -> str:
     drawn = any(r.costs for r in found.runs)
     names = ("quality", *(("curve",) if found.question.curves else ()), "loss") if drawn else ()
     pictures = "".join(f"\n\n![{name}]({name}.png)" for name in names)
+    if names:
+        pictures = f"\n\n## Pictures\n\nMeans over seeds; bars and bands from the lowest to the highest.{pictures}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.md").write_text(f"{text}{pictures}\n", encoding="utf-8")

@@ -320,7 +320,8 @@ def test_curves(stand_in: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "no val/by/pairs/16/accuracy" in text
     assert "compared by val/by" not in text
     report = stand_in / "runs" / "asked" / "report"
-    assert "![curve](curve.png)" in (report / "report.md").read_text()
+    text = (report / "report.md").read_text()
+    assert text.index("bars and bands from the lowest to the highest") < text.index("![curve](curve.png)")
     assert (report / "curve.png").stat().st_size > 1000
     found, words = json.loads((report / "report.json").read_text())["curves"]
     assert words["over"] == ["4", "8"]
