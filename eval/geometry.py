@@ -66,16 +66,17 @@ def geometry(x: Tensor, degree: int, length: int) -> dict[str, float]:
     }
 
 
-def chance(degree: int, length: int) -> dict[str, float]:
-    """What is expected of random vectors, whose sum is zero once their mean is off."""
+def chance(degree: int, length: int, width: int) -> dict[str, float]:
+    """What is expected of random vectors of ``width`` features, whose sum is zero once their mean is off. They span no more than
+    ``width`` dimensions: with fewer than ``degree - 1`` of them, not even the best vectors overlap by 1."""
     nodes = degree * (length - 1) + 1
-    cosine, share = -1 / (nodes - 1), (degree - 1) / (nodes - 1)
+    cosine, modes = -1 / (nodes - 1), degree - 1
     return {
         "within": cosine,
         "across": cosine,
         "nearest": (length - 2) / (nodes - 2),
-        "energy": share,
-        "overlap": share,
+        "energy": modes / (nodes - 1),
+        "overlap": min(width, modes) / (nodes - 1),
     }
 
 
@@ -95,7 +96,7 @@ def evaluate(run: Path | str, device: str = "auto", step: int | None = None) -> 
     found = {name: geometry(w.detach().cpu()[order], task.degree, task.length) for name, w in weights.items()}
     at = int(folder.name.removeprefix("step_"))
     settings = {"step": at, "degree": task.degree, "length": task.length, "graph_seed": task.graph_seed}
-    results = {"config": settings, "geometry": found, "chance": chance(task.degree, task.length)}
+    results = {"config": settings, "geometry": found, "chance": chance(task.degree, task.length, model.cfg.d_model)}
     target = run / "eval" / f"geometry_{at}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, json.dumps(results, indent=1) + "\n")

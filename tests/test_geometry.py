@@ -62,10 +62,12 @@ def test_arms_alone():
     assert 0.8 < found["overlap"] < 0.999
 
 
-def test_random_vectors_are_at_chance():
+@pytest.mark.parametrize("width", [16, DEGREE - 1, 3], ids=["wide", "as modes", "narrow"])
+def test_random_vectors_are_at_chance(width: int):
+    """Also where they have fewer features than the low eigenvectors span."""
     torch.manual_seed(0)
-    draws = [geometry.geometry(torch.randn(NODES, 16), DEGREE, LENGTH) for _ in range(200)]
-    for name, expected in geometry.chance(DEGREE, LENGTH).items():
+    draws = [geometry.geometry(torch.randn(NODES, width), DEGREE, LENGTH) for _ in range(200)]
+    for name, expected in geometry.chance(DEGREE, LENGTH, width).items():
         mean = sum(draw[name] for draw in draws) / len(draws)
         assert mean == pytest.approx(expected, abs=0.015), name
 
@@ -107,6 +109,7 @@ def test_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]):
         assert found == pytest.approx(geometry.geometry(weights[name].detach()[order], 12, 5))
         assert f"| {name}" in printed
     assert "| random" in printed
+    assert stored["chance"] == geometry.chance(12, 5, model.cfg.d_model)
     assert geometry.evaluate(run, step=3)["config"]["step"] == 3
     assert (run / "eval" / "geometry_3.json").is_file()
 
