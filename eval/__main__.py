@@ -6,7 +6,7 @@ import argparse
 import os
 
 from eval.run import LoadedRun, open_run
-from eval.suites import ROWS, SUITES, evaluate, suite, table
+from eval.suites import ROWS, SUITES, evaluate, lm_eval_tasks, suite, table
 from models import UserError
 from models.errors import guard
 
@@ -63,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--rows must be at least 1, got {args.rows}")
     how = (args.device, args.dtype, args.step, args.allow_foreign, args.progress, args.tables)
     run = open_run(args.run, *how, tasks=not tasks)
-    if run.task is None:
-        tasks += [task for one in suites.values() for task in one.tasks]
+    of_suites = {name: lm_eval_tasks(run, name) for name in suites}
+    tasks += [task for asked, _ in of_suites.values() for task in asked]
     if tasks:
         _lm_eval(run, args, tasks)
     for name, one in suites.items():
         print(f"\nsuite {name}: {one.about}")
-        print(table(evaluate(run, name, args.rows)))
+        print(table(evaluate(run, name, args.rows, left_out=of_suites[name][1])))
     return 0
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data import DataConfig, DataError
 from data.synthetic.feed import Synthetic
-from eval import length, needle, recall
+from eval import corpus_tasks, length, needle, recall
 from eval.run import LoadedRun
 from eval.tables import markdown
 from models import LM, UserError
@@ -143,16 +143,34 @@ def during(
 # -- when it is finished
 
 
-def evaluate(run: LoadedRun, name: str, rows: int = ROWS, bar: bool = True) -> dict[str, Any]:
+def lm_eval_tasks(run: LoadedRun, name: str) -> tuple[list[str], dict[str, str]]:
+    """The lm-eval tasks of a suite -> (those to ask of a run, why each of the others is left out): without its corpus, as a model in
+    Hugging Face format is, a run is not asked the tasks made from it; a run on a task is asked none, and none is missed."""
+    if run.task is not None:
+        return [], {}
+    tasks = suite(name).tasks
+    own = [task for task in tasks if task in corpus_tasks.NAMES]
+    try:
+        if own:
+            corpus_tasks.corpus_tasks(run.dir)
+    except (UserError, DataError) as error:
+        return [task for task in tasks if task not in own], dict.fromkeys(own, str(error))
+    return list(tasks), {}
+
+
+def evaluate(
+    run: LoadedRun, name: str, rows: int = ROWS, bar: bool = True, left_out: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A suite but for its lm-eval tasks, on a run of text or on a task, or an exported model -> results laid out as lm-eval's and
-    written to ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. Raises UserError."""
+    written to ``RUN/eval/suite-<name>_<step>.json``; tasks are called ``<suite>.<task>``. ``left_out``: of `lm_eval_tasks`, to be
+    said with what else is. Raises UserError."""
     wanted = suite(name)
     asked = ask(run.model, name, rows, bar=bar)
     results: dict[str, Any] = {
         "results": {},
         "n-samples": {},
         "config": {"step": run.step, "suite": name},
-        "tasks": asked,
+        "tasks": asked | {task: {"skipped": why} for task, why in (left_out or {}).items()},
     }
     for task, one in asked.items():
         if "accuracy" in one:

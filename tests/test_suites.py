@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from eval.__main__ import main
 from eval.ablation_runs import read_metric
 from eval.run import open_run
 from models import UserError, build, model_config
+from models.hf import export_run
 from tests.runs import PLAIN, metrics, one_error, train, write_config
 
 TASKS = ("induction", "copying", "selective_copying", "mqar", "needle", "variable_tracking")
@@ -118,6 +120,33 @@ def test_rows_that_are_longer_than_learned_positions():
     assert "accuracy" in found["listops"]
     assert found["flip_flop"] == {"skipped": "its rows have 128 places, the model only 100 learned positions"}
     assert list(suites.during(model, ["memory"], 6)["memory"]) == ["listops"]
+
+
+def test_an_exported_model_has_no_corpus(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A suite goes without the tasks made from it and says so, and takes no other suite with it; asked for by name it is missed."""
+    words = [str(tmp_path / "exported"), "--suite", "smoke,recall", "--rows", "2", "--device", "cpu"]
+    export_run(trained, words[0])
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    why = f"{words[0]}: no data.json that names the corpus it was trained on"
+    line = f"smoke.corpus was left out: {why}\n"
+    assert said.index("| smoke.induction") < said.index(line) < said.index("| recall.mqar")
+    stored = json.loads((tmp_path / "exported" / "eval" / "suite-smoke_0.json").read_text())
+    assert stored["tasks"]["corpus"] == {"skipped": why}
+    assert list(stored["results"]) == ["smoke.induction"]
+    assert main([*words, "--tasks", "corpus"]) == 2
+    assert capsys.readouterr().err == f"error: {why}\n"
+
+
+def test_only_tasks_made_from_the_corpus_need_it(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where a run names a corpus that is gone."""
+    monkeypatch.setitem(suites.SUITES, "smoke", suites.Suite("two", ("corpus", "sciq")))
+    run = open_run(trained, "cpu")
+    assert suites.lm_eval_tasks(run, "smoke") == (["corpus", "sciq"], {})
+    (tmp_path / "data.json").write_text(json.dumps({"dir": str(tmp_path / "gone")}))
+    asked, left_out = suites.lm_eval_tasks(replace(run, dir=tmp_path), "smoke")
+    assert asked == ["sciq"]
+    assert left_out == {"corpus": f"{tmp_path / 'gone'}: no such prepared folder; `python -m data prepare` makes one"}
 
 
 @pytest.mark.parametrize(
