@@ -7,7 +7,8 @@
   4. The report is made from the run folders alone.
 
 A question's folder holds a run folder VARIANT-sSEED for each run, `queue/` with each one's config, log and how it ended,
-`sweep/` with such a folder for each value, and `report/`. Everything may be killed at any moment: the same command goes on.
+`sweep/` with such a folder for each value, and `report/`. This process may be killed at any moment: the same command goes on. A
+run whose own process was killed or crashed has failed: --retry goes on with it.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def choose(
     found, sweep = read_sweep(question, folder), question.sweep
     if found is None or sweep is None or any(run.is_open(retry=False) for run in tried):
         return {}
+    if failed := sum(run.has_failed() for run in tried):
+        print(f"{failed} of these runs failed: what is chosen now is chosen without them", file=sys.stderr, flush=True)
     best = {variant: found.best(variant) for variant in configs}
     for variant in (v for v, i in best.items() if i is None):
         print(f"{variant} is left out: not one value of {sweep.key} gave a result", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ class Line(NamedTuple):
     variant: str
     values: list[float]
     comparison: Comparison | None  # with the baseline; None of the baseline itself, and below two shared seeds
+    verdict: str  # better | worse | no difference shown; "" without a comparison
     sentence: str
 
 
@@ -45,6 +46,18 @@ class Answer:
     def configs(self) -> dict[str, RunConfig]:
         """Of every variant that has a run folder, from its first."""
         return {r.variant: r.config for r in reversed(self.runs) if r.config}
+
+    def chosen(self, variant: str) -> int | None:
+        """Which value of the sweep its runs have; before there are any, the one that is best."""
+        if self.swept is None:
+            return None
+        cfg = self.configs().get(variant)
+        return self.swept.value_of(cfg) if cfg else self.swept.best(variant)
+
+    def lost(self, variant: str, metric: Metric) -> int:
+        """Runs of it that failed, or ended without a number: those that are left may be the lucky ones."""
+        ended = [r for r in self.runs if r.variant == variant and r.state in ("failed", "finished")]
+        return sum(metric.path not in r.values for r in ended)
 
     def all_runs(self) -> Iterator[RunResult]:
         """Those of the sweep first."""
@@ -117,12 +130,14 @@ def _lines(found: Answer, metrics: Sequence[Metric]) -> Iterator[Line]:
     for metric in metrics:
         for variant in question.variants:
             key = metric.path, variant
-            said = ""
+            c, judged, said = compared.get(key), "", ""
             if variant != question.baseline:
-                costs = found.costs(variant), found.costs(question.baseline)
                 names = variant, question.baseline
-                said = sentence(metric, names, costs, compared.get(key), len(pairs[key]), len(found.seeds))
-            yield Line(metric, variant, list(values[key].values()), compared.get(key), said)
+                lost = {name: n for name in names if (n := found.lost(name, metric))}
+                costs = found.costs(variant), found.costs(question.baseline)
+                judged = verdict(metric, names, c, lost) if c else ""
+                said = sentence(metric, names, costs, c, lost, len(pairs[key]), len(found.seeds))
+            yield Line(metric, variant, list(values[key].values()), c, judged, said)
 
 
 # -- in words
@@ -133,14 +148,12 @@ def is_shown(c: Comparison | None) -> bool:
     return c is not None and c.n >= MIN_SEEDS and c.excludes_zero
 
 
-def verdict(line: Line) -> str:
-    """better, worse or no difference shown; nothing of the baseline."""
-    c = line.comparison
-    if c is None:
-        return ""
-    if not is_shown(c):
+def verdict(metric: Metric, names: tuple[str, str], c: Comparison, lost: Mapping[str, int]) -> str:
+    """better, worse or no difference shown. ``lost``: how many runs of either gave no number; who has some is not called better."""
+    better = (c.mean > 0) == metric.more_is_better
+    if not is_shown(c) or lost.get(names[0] if better else names[1]):
         return "no difference shown"
-    return "better" if (c.mean > 0) == line.metric.more_is_better else "worse"
+    return "better" if better else "worse"
 
 
 def sentence(
@@ -148,28 +161,30 @@ def sentence(
     names: tuple[str, str],
     costs: tuple[Costs | None, Costs | None],
     c: Comparison | None,
+    lost: Mapping[str, int],
     n: int,
     planned: int,
 ) -> str:
     """ "B beats A by 0.031 ± 0.006 nats (val/loss) at equal parameters, n=5", or that this is not shown.
 
-    ``names`` and ``costs``: of the variant and of the baseline. ``n`` of ``planned`` seeds gave a pair.
+    ``names`` and ``costs``: of the variant and of the baseline. ``lost``: as for `verdict`. ``n`` of ``planned`` seeds gave a pair.
     """
     seeds = f"n={n}" if n == planned else f"n={n} of {planned} seeds"
+    without = "".join(f"; no number from {of} run{'s' * (of > 1)} of {name}" for name, of in lost.items())
     variant, baseline = names
     if c is None:
-        return f"{variant} and {baseline} cannot be compared by {metric.path} ({seeds}: two pairs are the least)"
+        return f"{variant} and {baseline} cannot be compared by {metric.path} ({seeds}: two pairs are the least){without}"
     unit = f" {metric.unit}" if metric.unit else ""
-    if not is_shown(c):
+    if verdict(metric, names, c, lost) == "no difference shown":
         few = f"; a claim needs {MIN_SEEDS}" if c.n < MIN_SEEDS else ""
         return (
             f"no difference shown between {variant} and {baseline}: "
-            f"{measured(c.mean, c.half, sign=True)}{unit} ({metric.path}), {seeds}{few}"
+            f"{measured(c.mean, c.half, sign=True)}{unit} ({metric.path}), {seeds}{without}{few}"
         )
     better = (c.mean > 0) == metric.more_is_better
     winner, loser = names if better else names[::-1]
     budget = at_budget(*(costs if better else costs[::-1]))
-    return f"{winner} beats {loser} by {measured(abs(c.mean), c.half)}{unit} ({metric.path}){budget}, {seeds}"
+    return f"{winner} beats {loser} by {measured(abs(c.mean), c.half)}{unit} ({metric.path}){budget}, {seeds}{without}"
 
 
 def measured(mean: float, half: float, sign: bool = False) -> str:
@@ -187,8 +202,8 @@ def at_budget(ours: Costs | None, theirs: Costs | None) -> str:
         a, b = getattr(ours, key), getattr(theirs, key)
         if abs(a - b) <= EQUAL * b:
             equal.append(name)
-        elif b:
-            unequal.append(f"{name} x {a / b:.3g}")
+        else:
+            unequal.append(f"{name} x {a / b:.3g}" if a and b else f"{name} {a:,.0f} against {b:,.0f}")
     at = f" at equal {_and(equal)}" if equal else ""
     return at + (f"{',' if at else ''} with {_and(unequal)}" if unequal else "")
 

@@ -15,7 +15,7 @@ from eval.inspection.figures import new_figure, plain_axes
 from eval.tables import cell
 
 COLORS = 10  # of matplotlib's cycle, C0 to C9
-MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.")
+MARKERS, DASHES = "os^DvP<X>*", ("-", "--", ":", "-.")
 PRICES = {"params": "parameters", "state_bytes": "state (bytes)", "flops_per_token": "FLOPs per token"}
 
 
@@ -34,13 +34,13 @@ def looks(variants: Sequence[str]) -> dict[str, Look]:
     family = {variant: variant for variant in variants}
     if len(variants) > COLORS:
         stems = [variant.rpartition("_")[0] for variant in variants]
-        family = {v: stem if stem and stems.count(stem) > 1 else v for v, stem in zip(variants, stems, strict=True)}
+        shared = {stem for stem in stems if stem and 1 < stems.count(stem) <= len(DASHES)}
+        family = {v: stem if stem in shared else v for v, stem in zip(variants, stems, strict=True)}
     order, found = list(dict.fromkeys(family.values())), dict[str, Look]()
     for variant in variants:
-        rank = order.index(family[variant])
-        place = sum(look.family == family[variant] for look in found.values()) + rank // COLORS
-        look = Look(family[variant], f"C{rank % COLORS}", MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)])
-        found[variant] = look
+        color = f"C{order.index(family[variant]) % COLORS}"
+        place = sum(look.color == color for look in found.values())
+        found[variant] = Look(family[variant], color, MARKERS[place % len(MARKERS)], DASHES[place % len(DASHES)])
     return found
 
 

@@ -1,7 +1,8 @@
 """Runs in processes of their own, some at a time: `ablate.py` and `python -m bench tasks` train by them.
 
 Each is a `train.py`. A run that is there is not repeated, one that was cut short goes on from its newest checkpoint. In `queue/`
-beside the run folders are each one's config, log, lock and how it ended. Everything may be killed at any moment.
+beside the run folders are each one's config, log, lock and how it ended. The queue may be killed at any moment; a run whose own
+process was killed has failed, and is tried again on request.
 """
 
 from __future__ import annotations
@@ -89,10 +90,10 @@ def train_all(runs: Sequence[Run], means: Means, later: int = 0) -> bool:
             # 3. free places take the next runs; one that another process is training is left to it
             while free and waiting and not stop.asked:
                 run = waiting.pop(0)
-                if child := start(run, free[0], means.flags):
+                if child := start(run, free[0], means):
                     running.append(child)
                     free.pop(0)
-                else:
+                elif run.is_open(means.retry):
                     progress.say(f"{run.name}: process {run.note('lock').read_text()} is training it")
             if running:
                 progress.show([c.run for c in running])
@@ -145,10 +146,12 @@ class Run:
         resumable = self.is_finished() or checkpoints(self.folder)
         if self.folder.exists() and not resumable and not self.note("yaml").is_file():
             raise UserError(f"{self.folder} is in the way: no checkpoint in it, and it was not started from here")
-        if (self.folder / "config.yaml").is_file() or checkpoints(self.folder):
+        if resumable:
             what = other_setting(schema.load(self.folder / "config.yaml"), self.config)
             if what:
-                raise UserError(f"{self.folder} was started with other settings: {what}; start anew with another --out")
+                raise UserError(
+                    f"{self.folder} was started with other settings: {what}; delete it, or start anew with another --out"
+                )
 
     def command(self) -> list[str]:
         """`train.py` from the newest checkpoint with what may change since, or from the start: a folder without any is no loss."""
@@ -196,8 +199,8 @@ class Child:
         return f"{self.run.name}: {status['ended']} at step {step} of {steps}, {took}{why}"
 
 
-def start(run: Run, place: dict[str, str], flags: list[str]) -> Child | None:
-    """A process of its own, so that its crash is its own; None if another one is already at this run.
+def start(run: Run, place: dict[str, str], means: Means) -> Child | None:
+    """A process of its own, so that its crash is its own; None if another one is at this run, or has meanwhile ended it.
 
     The lock is the child's: it is free when that process is gone, however it went, and held on when this one is killed.
     """
@@ -206,8 +209,10 @@ def start(run: Run, place: dict[str, str], flags: list[str]) -> Child | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
+        if not run.is_open(means.retry):
+            return None
         run.note("json").unlink(missing_ok=True)
-        words = [sys.executable, str(TRAIN), *run.command(), *flags]
+        words = [sys.executable, str(TRAIN), *run.command(), *means.flags]
         with run.note("log").open("ab") as log:
             log.write(f"{ATTEMPT}{' '.join(words)}\n".encode())
             log.flush()

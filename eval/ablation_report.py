@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from configs import schema
-from configs.question import MAY_DIFFER, MIN_SEEDS, Curve, Question
-from eval.ablation import Answer, Line, verdict
+from configs.question import MAY_DIFFER, MIN_SEEDS, Curve
+from eval.ablation import Answer, Line
 from eval.ablation_plots import plot_curves, plot_losses, plot_quality
 from eval.ablation_runs import Costs, run_name
 from eval.ablation_sweep import Swept
@@ -53,10 +53,11 @@ def _protocol(found: Answer) -> str:
     return (
         f"{finished} of {len(found.runs)} runs finished: {len(found.question.variants)} variants, seeds "
         f"{', '.join(map(str, found.seeds))}. A seed gives every variant the same data in the same order{_but_for(found)}. "
-        f"Differences are to {found.question.baseline}, paired by seed; intervals (±) and p are of paired t tests, corrected "
-        f"by Holm's procedure for {count} comparisons at {level} together; d is the mean difference in standard "
-        f"deviations of the differences. A difference is claimed from {MIN_SEEDS} seeds on and where its interval "
-        "excludes zero; that holds for a number of seeds that was fixed beforehand."
+        f"Differences are to {found.question.baseline}, paired by seed; p is of paired t tests, corrected by Holm's procedure for "
+        f"{count} comparisons, and each interval (±) has the level at which that procedure tested it, {level} or more: the chance "
+        f"that any of them excludes zero where nothing differs is {found.question.alpha:g}. d is the mean difference in standard "
+        f"deviations of the differences. A difference is claimed from {MIN_SEEDS} seeds on, where its interval excludes zero, "
+        "unless runs of the better one gave no number; that holds for a number of seeds that was fixed beforehand."
     )
 
 
@@ -82,10 +83,13 @@ def _sweep_table(found: Answer, swept: Swept) -> str:
     )
     rows = []
     for variant in found.question.variants:
-        best = swept.best(variant)
-        results = [f"**{cell(r)}**" if i == best else cell(r) for i, r in enumerate(swept.results(variant))]
+        has, best = found.chosen(variant), swept.best(variant)
+        results = [f"**{cell(r)}**" if i == has else cell(r) for i, r in enumerate(swept.results(variant))]
         as_other = f"as {swept.tuned_as[variant]}" if swept.tuned_as[variant] != variant else None
-        rows.append((variant, *results, as_other or ("at the end" if best in (0, last) else None)))
+        note = as_other or ("at the end" if has in (0, last) else None)
+        if None not in (has, best) and has != best:
+            note = "chosen when another result was missing"
+        rows.append((variant, *results, note))
     return f"{text}\n\n{markdown((f'{sweep.key}', *map(cell, sweep.values), 'note'), rows)}"
 
 
@@ -96,7 +100,7 @@ def _quality(found: Answer, lines: Sequence[Line]) -> str:
         row: list[Any] = [line.variant, len(line.values), mean, sd]
         c = line.comparison
         if c is not None:
-            row += [f"{c.mean:+.4g} ± {c.half:.2g}", f"{c.effect:+.2f}", f"{c.p_holm:.2g}", verdict(line)]
+            row += [f"{c.mean:+.4g} ± {c.half:.2g}", f"{c.effect:+.2f}", f"{c.p_holm:.2g}", line.verdict]
         else:
             row += [None, None, None, "baseline" if line.variant == found.question.baseline else None]
         rows.append(row)
@@ -227,7 +231,7 @@ def _sheet(found: Answer) -> str:
         compared = line.comparison[1:] if line.comparison else [None] * len(statistics_)
         known = found.costs(line.variant)
         spent = asdict(known).values() if known else [None] * len(costs)
-        writer.writerow([line.metric.path, line.variant, len(line.values), mean, sd, *compared, verdict(line), *spent])
+        writer.writerow([line.metric.path, line.variant, len(line.values), mean, sd, *compared, line.verdict, *spent])
     return sheet.getvalue()
 
 
@@ -239,7 +243,7 @@ def _plain(found: Answer) -> dict[str, Any]:
         "baseline": question.baseline,
         "alpha": question.alpha,
         "seeds": list(found.seeds),
-        "sweep": _plain_sweep(question, found.swept) if found.swept else None,
+        "sweep": _plain_sweep(found, found.swept) if found.swept else None,
         "results": [
             {
                 "metric": line.metric.path,
@@ -248,7 +252,7 @@ def _plain(found: Answer) -> dict[str, Any]:
                 "mean": mean_and_sd(line.values)[0] if line.values else None,
                 "sd": mean_and_sd(line.values)[1] if line.values else None,
                 "comparison": _finite(line.comparison._asdict()) if line.comparison else None,
-                "verdict": verdict(line),
+                "verdict": line.verdict,
                 "sentence": line.sentence,
             }
             for line in found.lines
@@ -268,14 +272,22 @@ def _plain(found: Answer) -> dict[str, Any]:
     }
 
 
-def _plain_sweep(question: Question, swept: Swept) -> dict[str, Any]:
+def _plain_sweep(found: Answer, swept: Swept) -> dict[str, Any]:
+    values = swept.sweep.values
+    chosen = {v: found.chosen(v) for v in found.question.variants}
     return {
         "key": swept.sweep.key,
-        "values": list(swept.sweep.values),
+        "values": list(values),
         "seeds": list(swept.sweep.seeds),
         "metric": swept.metric.path,
-        "results": {v: swept.results(v) for v in question.variants},
-        "chosen": {v: None if (i := swept.best(v)) is None else swept.sweep.values[i] for v in question.variants},
+        "results": {v: swept.results(v) for v in chosen},
+        "chosen": {v: None if i is None else values[i] for v, i in chosen.items()},
+        "not_finished": [
+            {"run": f"{swept.sweep.folder(value)}/{run_name(r.variant, r.seed)}", "state": r.state, "why": r.why}
+            for value, at_value in zip(values, swept.runs, strict=True)
+            for r in at_value
+            if r.state != "finished" or r.why
+        ],
     }
 
 

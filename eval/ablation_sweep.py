@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.question import Metric, Question, Sweep
+from configs.schema import RunConfig
 from eval.ablation_runs import RunResult, read_run
 
 SWEEP = "sweep"  # the folder beside the run folders; in it one folder of runs for each value
@@ -35,10 +36,18 @@ class Swept:
         return statistics.fmean(known) if known and len(known) == len(found) else None
 
     def best(self, variant: str) -> int | None:
-        """Which value gives the best result, the first of equals; None while there is no result."""
+        """Which value gives the best result, the first of equals; None while a run is open, or without any result."""
+        tried = [r for at_value in self.runs for r in at_value if r.variant == self.tuned_as[variant]]
+        if any(r.state in ("missing", "unfinished") for r in tried):
+            return None
         sign = 1 if self.metric.more_is_better else -1
         known = [(i, sign * r) for i, r in enumerate(self.results(variant)) if r is not None]
         return max(known, key=lambda one: one[1])[0] if known else None
+
+    def value_of(self, cfg: RunConfig) -> int | None:
+        """Which value a run has."""
+        alike = (i for i, value in enumerate(self.sweep.values) if self.sweep.at(cfg, value) == cfg)
+        return next(alike, None)
 
 
 def sweep_folder(folder: Path, sweep: Sweep, value: float | int | str) -> Path:

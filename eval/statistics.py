@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+ROUNDING = 1e-12  # of the largest value: a smaller deviation is that of floats
+
+
 class Comparison(NamedTuple):
     """What the differences of n pairs say about their mean."""
 
@@ -17,7 +20,7 @@ class Comparison(NamedTuple):
     effect: float  # Cohen's d for pairs: mean / sd
     p: float  # two-sided paired t test that the mean is zero
     p_holm: float  # corrected for all that was compared together
-    low: float  # the corrected confidence interval of the mean
+    low: float  # the confidence interval of the mean, see `compare`
     high: float
 
     @property
@@ -41,13 +44,14 @@ def compare(differences: Sequence[Sequence[float]], alpha: float = 0.05) -> list
 
     The chance that any of them excludes zero although nothing differs is at most ``alpha``: Holm's step-down procedure
     (Scandinavian Journal of Statistics 6, 1979). Each interval has the level at which that procedure tested its
-    comparison; those from the first one retained share that one's, so that intervals and corrected p values agree.
+    comparison, 1 - ``alpha`` or more; those from the first one retained share that one's, so that intervals and corrected p values
+    agree. They are not simultaneous: that all of them hold their means is less sure than 1 - ``alpha``.
     """
     p_values = [paired_p(d) for d in differences]
     corrected, levels = holm(p_values), holm_levels(p_values, alpha)
     found = []
     for values, p, p_holm, level in zip(differences, p_values, corrected, levels, strict=True):
-        mean, sd = statistics.fmean(values), statistics.stdev(values)
+        mean, sd = statistics.fmean(values), _deviation(values)
         half = interval_half_width(values, level)
         effect = mean / sd if sd else math.copysign(math.inf, mean) if mean else 0.0
         found.append(Comparison(len(values), mean, sd, effect, p, p_holm, mean - half, mean + half))
@@ -72,7 +76,13 @@ def interval_half_width(differences: Sequence[float], alpha: float) -> float:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return _deviation(values) / math.sqrt(len(values))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation with n - 1; 0 where there is nothing but rounding."""
+    sd = statistics.stdev(values)
+    return sd if sd > ROUNDING * max(map(abs, values)) else 0.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ PLOTS = {
 }  # a second each
 
 # `optim.lr` is what a variant is worth, in nats; `train.sample_prompt` tells a process what to do, or that only the distance to X
-# counts ("best X").
+# counts ("best X", and "best X crash", which crashes there).
 STAND_IN = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -44,7 +44,7 @@ for step in range(start + 1, steps + 1):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\\n")
         if step == steps:
-            end = None if task == "diverge" else loss
+            end = None if task in ("diverge", f"diverge {cfg['seed']}") else loss
             pairs = {n: {"accuracy": worth * n} for n in (4, 8)}
             val = {"loss": end, "by": {"x": {"n": 2}, "pairs": pairs}}
             file.write(json.dumps({"step": step, "tokens": 256 * step, "val": val}) + "\\n")
@@ -52,7 +52,7 @@ for step in range(start + 1, steps + 1):
         (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
     if stop:
         sys.exit(0)
-    if task == "crash" and step == 6:
+    if step == {"crash": 6, "crash early": 2}.get(task) or (task.endswith(" crash") and worth == 0 and step == 6):
         print("warning: this looks bad\\nerror: out of luck")
         sys.exit(2)
     if task == "die" and step == 6:

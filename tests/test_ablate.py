@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ import train
 from configs.question import Curve, Metric, Question, Variant, load_question, resolve
 from data import DataConfig
 from eval import ablation_queue, ablation_report
-from eval.ablation import answer, measured, sentence
+from eval.ablation import answer, at_budget, measured, sentence, verdict
 from eval.ablation_report import render
 from eval.ablation_runs import Costs, read_run
 from eval.statistics import compare
@@ -92,6 +93,32 @@ def test_failures_are_reported_and_retried_on_request(stand_in: Path, capsys: py
     assert ablate.main([str(asked), "--retry"]) == 0
     assert processes(runs / "b-s0") == processes(runs / "c-s1") == [0, 4]
     assert "failed" not in capsys.readouterr().out
+
+
+def test_what_failed_before_its_first_checkpoint_may_be_changed(stand_in: Path):
+    """There is nothing of it to mix with."""
+    asked = write_question(stand_in, "'b': Variant(['optim.lr=0.2', 'train.sample_prompt=crash early'])", "seeds=1")
+    assert ablate.main([str(asked)]) == 1
+    asked.write_text(asked.read_text().replace("0.2", "0.3").replace("crash early", "go on"))
+    assert ablate.main([str(asked), "--retry"]) == 0
+    assert processes(stand_in / "runs" / "asked" / "b-s0") == [0]
+
+
+def test_what_another_queue_has_ended_is_not_begun_again(stand_in: Path):
+    """A queue that was planned before."""
+    asked = write_question(stand_in, "'b': Variant(['train.sample_prompt=crash'])", "seeds=1")
+    question = load_question(asked)
+    runs = ablation_queue.plan(resolve(question), question.all_seeds(), stand_in / "runs" / "asked")
+    assert ablate.main([str(asked)]) == 1
+    means = ablation_queue.Means([{}], float("inf"), retry=False, flags=[])
+    for run in runs:
+        assert ablation_queue.start(run, {}, means) is None
+        assert run.note("json").is_file()
+        assert processes(run.folder) == [0]
+    again = ablation_queue.start(runs[1], {"OMP_NUM_THREADS": "1"}, replace(means, retry=True))
+    assert again is not None
+    again.process.wait()
+    assert processes(runs[1].folder) == [0, 4]
 
 
 def test_a_changed_config_is_refused(stand_in: Path, capsys: pytest.CaptureFixture[str]):
@@ -260,22 +287,57 @@ def test_sentences():
     loss, accuracy = Metric("val/loss"), Metric("val/accuracy")
     (clear,) = compare([[-0.031, -0.037, -0.025, -0.033, -0.029]])
     small, large = costs(1000, 100.0, 64.0), costs(1008, 200.0, 16.0)
-    said = sentence(loss, ("B", "A"), (small, large), clear, 5, 5)
+    said = sentence(loss, ("B", "A"), (small, large), clear, {}, 5, 5)
     assert (
         said == "B beats A by 0.0310 ± 0.0056 nats (val/loss) at equal parameters, with FLOPs x 0.5 and state x 4, n=5"
     )
-    said = sentence(accuracy, ("B", "A"), (small, large), clear, 5, 6)
+    said = sentence(accuracy, ("B", "A"), (small, large), clear, {}, 5, 6)
     assert said.startswith(
         "A beats B by 0.0310 ± 0.0056 (val/accuracy) at equal parameters, with FLOPs x 2 and state x 0.25"
     )
     assert said.endswith(", n=5 of 6 seeds")
-    said = sentence(loss, ("B", "A"), (small, large), clear._replace(n=4), 4, 4)
+    said = sentence(loss, ("B", "A"), (small, large), clear._replace(n=4), {}, 4, 4)
     assert said == "no difference shown between B and A: -0.0310 ± 0.0056 nats (val/loss), n=4; a claim needs 5"
     assert measured(0.25, 0.0) == "0.250000 ± 0.000000"
     assert measured(-1234.5, 321.0, sign=True) == "-1234 ± 321"
     (unclear,) = compare([[0.3, -0.2, 0.1, -0.1, 0.2, -0.3]])
-    said = sentence(loss, ("B", "A"), (small, large), unclear, 6, 6)
+    said = sentence(loss, ("B", "A"), (small, large), unclear, {}, 6, 6)
     assert said == "no difference shown between B and A: +0.00 ± 0.25 nats (val/loss), n=6"
+
+
+def test_lost_runs_in_words():
+    """The one that is left with its lucky runs is not called better; the other may be."""
+    loss, small = Metric("val/loss"), costs(1000, 100.0, 64.0)
+    (clear,) = compare([[-0.031, -0.037, -0.025, -0.033, -0.029]])
+    said = sentence(loss, ("B", "A"), (small, small), clear, {"B": 2}, 5, 7)
+    assert said.startswith("no difference shown between B and A: -0.0310")
+    assert said.endswith("n=5 of 7 seeds; no number from 2 runs of B")
+    said = sentence(loss, ("B", "A"), (small, small), clear, {"A": 1}, 5, 6)
+    assert said.startswith("B beats A by 0.0310")
+    assert said.endswith("; no number from 1 run of A")
+    assert [verdict(loss, ("B", "A"), clear, lost) for lost in ({}, {"B": 1}, {"A": 1})] == [
+        "better",
+        "no difference shown",
+        "better",
+    ]
+    assert at_budget(costs(1000, 100.0, 0.0), small) == " at equal parameters and FLOPs, with state 0 against 64"
+    assert at_budget(small, costs(1000, 100.0, 0.0)) == " at equal parameters and FLOPs, with state 64 against 0"
+
+
+def test_survivors_are_not_called_better(stand_in: Path, capsys: pytest.CaptureFixture[str]):
+    """`b` is better wherever it gives a number, which two of its runs do not."""
+    variants = "'b': Variant(['optim.lr=0.1', 'train.sample_prompt=diverge 3']), 'c': Variant(['optim.lr=0.1'])"
+    asked = write_question(stand_in, variants, "seeds=7", optim={"lr": 1.0})
+    assert ablate.main([str(asked)]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads((stand_in / "runs" / "asked" / "report" / "report.json").read_text())
+    assert {r["variant"]: r["verdict"] for r in report["results"]} == {
+        "a": "",
+        "b": "no difference shown",
+        "c": "better",
+    }
+    assert "n=6 of 7 seeds; no number from 1 run of b" in shown
+    assert "| b-s3 | finished | val/loss is not a finite number" in shown
 
 
 def test_from_copied_folders_alone(stand_in: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):

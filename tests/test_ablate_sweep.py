@@ -83,6 +83,40 @@ def test_what_fails_is_not_chosen(stand_in: Path, capsys: pytest.CaptureFixture[
     assert "6 runs failed; --retry tries them again" in shown.err
 
 
+def test_a_choice_that_a_retried_run_would_change(stand_in: Path, capsys: pytest.CaptureFixture[str]):
+    """Chosen without the run that failed; the report says what the runs have, and how to train them anew is said."""
+    asked = write_question(stand_in, "'b': Variant(['train.sample_prompt=best 0.5 crash'])", f"seeds=1, {SWEEP}")
+    runs = stand_in / "runs" / "asked"
+    assert ablate.main([str(asked)]) == 1
+    assert "2 of these runs failed: what is chosen now is chosen without them" in capsys.readouterr().err
+    assert rates(runs) == {"a-s0": 0.1, "b-s0": 0.1}
+    failed = json.loads((runs / "report" / "report.json").read_text())["sweep"]["not_finished"]
+    assert [one["run"] for one in failed] == ["optim.lr_0.5/b-s7", "optim.lr_0.5/b-s8"]
+    asked.write_text(asked.read_text().replace("0.5 crash", "0.5"))
+    assert ablate.main([str(asked), "--retry"]) == 2
+    assert "'optim.lr' is 0.1 there, 0.5 here; delete it, or start anew with another --out" in capsys.readouterr().err
+    assert ablate.main([str(asked), "--report"]) == 0
+    assert "chosen when another result was missing" in capsys.readouterr().out
+    assert json.loads((runs / "report" / "report.json").read_text())["sweep"]["chosen"] == {"a": 0.1, "b": 0.1}
+    shutil.rmtree(runs / "b-s0")
+    assert ablate.main([str(asked)]) == 0
+    assert rates(runs) == {"a-s0": 0.1, "b-s0": 0.5}
+
+
+def test_half_a_sweep_chooses_nothing(stand_in: Path):
+    asked = write_question(stand_in, VARIANTS, f"seeds=1, {SWEEP}")
+    runs = stand_in / "runs" / "asked"
+    assert ablate.main([str(asked)]) == 0
+    for gone in ("a-s0", "b-s0", "c-s0", "sweep/optim.lr_1.0/b-s8"):
+        shutil.rmtree(runs / gone)
+    assert ablate.main([str(asked), "--report"]) == 0
+    assert json.loads((runs / "report" / "report.json").read_text())["sweep"]["chosen"] == {
+        "a": 0.1,
+        "b": None,
+        "c": None,
+    }
+
+
 def test_another_choice_is_another_question(stand_in: Path, capsys: pytest.CaptureFixture[str]):
     """Runs that were trained at one value are not mixed with those of another."""
     asked = write_question(stand_in, VARIANTS, f"seeds=2, {SWEEP}")

@@ -29,8 +29,12 @@ def test_of_many_variants_those_of_one_name_share_a_color():
     for i in (2, 3):  # marker, dashes
         assert len({(look.color, look[i]) for look in found.values()}) == len(found) == 18
     assert len({look.color for look in found.values()}) == COLORS
-    many = looks([f"mixer{i}" for i in range(3 * COLORS)])
-    assert len({look[1:] for look in many.values()}) == 3 * COLORS
+    for name, count in (("mixer{}", 40), ("rate_{}", 12), ("f{}_x", 40)):
+        many = looks([name.format(i) for i in range(count)])
+        assert len({(look.color, look.marker) for look in many.values()}) == count
+        assert len({(look.color, look.dashes) for look in many.values()}) == count
+    pairs = looks([f"f{i}_{size}" for i in range(11) for size in ("large", "small")])
+    assert len({(look.color, look.marker) for look in pairs.values()}) == 22
 
 
 def test_bars_go_from_the_lowest_to_the_highest_run(stand_in: Path, monkeypatch: pytest.MonkeyPatch):

@@ -112,6 +112,8 @@ def test_what_has_no_spread():
     same, shifted = compare([[0.0, 0.0, 0.0], [-0.5, -0.5, -0.5]])
     assert (same.p, same.effect, same.low, same.high, same.excludes_zero) == (1.0, 0.0, 0.0, 0.0, False)
     assert (shifted.p, shifted.effect, shifted.excludes_zero) == (0.0, -math.inf, True)
+    (rounded,) = compare([[x + 0.2 - x for x in (0.1, 1.3, 2.7, 3.9, 5.1)]])  # 0.2 but for floats
+    assert (rounded.p, rounded.effect, rounded.sd) == (0.0, math.inf, 0.0)
     assert mean_and_sd([2.0]) == (2.0, None)
     assert mean_and_sd([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert compare([]) == []
