@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from data import ByteTokenizer
+from data.synthetic.induction import Induction
+from data.synthetic.task import NO_ANSWER
 from data.tokenizer import train_bpe
-from eval import inspect
+from eval import frequency, inspect
 from eval.corpus_tasks import open_run_corpus
 from eval.history import read_metrics
 from eval.inspection import depth, engram_cache, engram_rows, engram_words, hooks
@@ -25,8 +28,8 @@ from eval.inspection import engram as instrument
 from eval.inspection.beside import Beside, batches_of
 from eval.inspection.engram_hooks import engrams
 from eval.inspection.engram_rows import addressing_of
-from eval.inspection.text import Text, cut, loss, read, text_of
-from eval.run import open_run
+from eval.inspection.text import Text, cut, loss, read, text_of, text_of_rows
+from eval.run import Ids, LoadedRun, open_run
 from models import LM, Batch, UserError, build, model_config
 from models.stores import build_store
 from models.stores.base import StoreConfig
@@ -747,6 +750,50 @@ def test_loss_by_frequency(trained: Path):
         assert found["losses"]["whole"][i] == pytest.approx(nll[mine].mean().item(), rel=1e-4)
         assert found["losses"]["without memory"][i] == pytest.approx(without[mine].mean().item(), rel=1e-4)
         assert found["gates"]["1"][i] == pytest.approx(seen[1].alpha[mine].mean().item(), rel=1e-4)
+
+
+def test_loss_by_frequency_is_of_what_is_asked(trained: Path):
+    """Of a text on which every second token has an answer, and the first of a window has none."""
+    run = open_run(trained, "cpu")
+    text = text_of(run, None, 200)
+    some = replace(text, answers=[[t if i % 2 else NO_ANSWER for i, t in enumerate(row)] for row in text.targets])
+    nll = instrument.observe(run.model, text)[1]
+    all_of, found = (instrument.more(run, t, Beside(3000))["frequency"]["2"] for t in (text, some))
+    assert all(found[name] == all_of[name] for name in ("names", "tokens", "gates"))
+    whole = dict(zip(found["names"], found["losses"]["whole"], strict=True))
+    assert whole.pop("window begins") is None
+    batches = [Batch(torch.tensor([window[:-1]])) for window in text.windows]
+    counts = frequency.count(open_run_corpus(trained), 2, 3000)
+    times = torch.cat([frequency.seen_in_training(batch, counts)[0] for batch in batches])
+    places = torch.cat([torch.arange(len(row)) for row in text.targets])
+    few = (times >= 1) & (times < 10)
+    assert 0 < (few & (places % 2 == 1)).sum() < few.sum()
+    assert whole["1-9"] == pytest.approx(nll[few & (places % 2 == 1)].mean().item(), rel=1e-4)
+
+
+def test_a_run_on_a_task(tmp_path: Path):
+    """A loss is the mean over answers: of the run, without its memory, and of a baseline."""
+    pytest.importorskip("matplotlib")
+    model, other = model_of(), model_of(conv=0)
+    task = {"synthetic": {"kind": "induction", "vocab_size": 257}, "seq_len": 32}
+    run, baseline = (
+        LoadedRun(m, Ids(257), tmp_path / name, name, {"data": task}, 0, "none")
+        for m, name in ((model, "run"), (other, "baseline"))
+    )
+    text = text_of_rows(run, Induction(vocab_size=257).rows(np.arange(4), 32, 0, "val"))
+    found = inspect.look(run, text, ["no_memory"], beside=Beside(0, baseline))
+    assert found["loss"] == pytest.approx(loss(model, text))
+    assert found["baseline"]["loss"] == pytest.approx(loss(other, text), rel=1e-5)
+    with instrument.ablate(model, "no_memory"):
+        without = loss(model, text)
+    assert len({round(x, 6) for x in (found["loss"], found["baseline"]["loss"], without)}) == 3
+    said = inspect.summary(found)
+    assert f"loss {loss(model, text):.4f} nats per answer" in said
+    assert f"loss {loss(other, text):.4f} nats per answer" in said
+    change = next(line for line in said.splitlines() if line.startswith("| no_memory")).split("|")[3]
+    assert float(change) == pytest.approx(without - loss(model, text), abs=1e-4)
+    inspect.write(found, tmp_path / "out")
+    assert "nan" not in (tmp_path / "out" / "inspect.md").read_text(encoding="utf-8")
 
 
 def test_branches_on_a_text_without_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -22,7 +22,7 @@ from eval.inspection.engram_hooks import Seen, ablate, check, engrams, observe, 
 from eval.inspection.engram_pictures import draw
 from eval.inspection.engram_rows import QUANTILES, Tokens, addressing_of
 from eval.inspection.numbers import number, plain
-from eval.inspection.text import Text, read
+from eval.inspection.text import Text, loss, mean_loss, read
 from eval.run import LoadedRun
 from eval.tables import markdown
 from kernels.memory_gate.reference import DEAD_ZONE
@@ -56,7 +56,7 @@ def measure(model: LM, text: Text) -> dict[str, Any]:
     """The loss on the text, its tokens and n-grams, and ``layers``: what each gate did with them."""
     seen, nll = observe(model, text)
     return {
-        "loss": plain(nll.mean().item(), 12),
+        "loss": plain(mean_loss(text, [nll]), 12),
         "tokens": [text.shown(i) for i in text.ids],
         "ngrams": engram_words.ngrams(addressing_of(model), text),
         "layers": [_layer(n, part, seen[n]) for n, part in engrams(model).items()],
@@ -176,7 +176,7 @@ def _baseline(run: LoadedRun, text: Text, other: LoadedRun | None) -> dict[str, 
     return {
         "run": other.name,
         "step": other.step,
-        "loss": _losses(other.model, text).mean().item(),
+        "loss": loss(other.model, text),
         "lens": depth.lens(other.model, text),
         "cka": similarity,
         "alignment": depth.soft_alignment(similarity),
@@ -288,7 +288,7 @@ def _beside(found: dict[str, Any]) -> str:
     lens = [*other["lens"], *[None] * (len(found["lens"]) - len(other["lens"]))]
     rows = list(zip(range(len(lens)), found["lens"], lens, other["alignment"]))
     headers = ("layer", "KL(last, layer)", "of the baseline", "most like layer of the baseline")
-    about = f"baseline {other['run']}, step {other['step']}: loss {number(other['loss']):.4f} nats per token"
+    about = f"baseline {other['run']}, step {other['step']}: loss {number(other['loss']):.4f} nats per {found['per']}"
     return f"{about}\n\n{markdown(headers, rows)}"
 
 

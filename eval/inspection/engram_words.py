@@ -118,7 +118,8 @@ def buckets(
     corpus: Corpus, limit: int, order: int, text: Text, losses: Mapping[str, Tensor], seen: Mapping[int, Seen]
 ) -> dict[str, Any] | None:
     """Tokens of the text by how often their n-gram was seen in training (`eval.frequency`; of tokens as they are, not canonical):
-    by bucket the number of tokens, the mean of each loss [N], and of each layer's gate. None where n-grams have no code."""
+    by bucket the number of tokens, the mean of each loss [N] where something is asked (NaN where nothing is), and of each layer's
+    gate. None where n-grams have no code."""
     try:
         counts = frequency.count(corpus, order, limit)
     except UserError:
@@ -128,11 +129,12 @@ def buckets(
     edges = [-1, *frequency.EDGES]
     bucket = torch.bucketize(times, torch.tensor(edges), right=True) - 1
     chosen = [(i, bucket == i) for i in range(len(edges)) if bool((bucket == i).any())]
+    asked = text.asked
     return {
         "tokens_counted": counts.tokens,
         "names": [bucket_names()[i] for i, _ in chosen],
         "tokens": [int(mask.sum()) for _, mask in chosen],
-        "losses": {name: [loss[mask].mean().item() for _, mask in chosen] for name, loss in losses.items()},
+        "losses": {name: [loss[mask & asked].mean().item() for _, mask in chosen] for name, loss in losses.items()},
         "gates": {
             str(layer): [s.alpha[mask].double().mean().item() for _, mask in chosen] for layer, s in seen.items()
         },

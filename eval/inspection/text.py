@@ -46,6 +46,11 @@ class Text:
         """Of each window, what is to be said after each token that is read."""
         return [w[1:] for w in self.windows] if self.answers is None else [*self.answers]
 
+    @property
+    def asked(self) -> Tensor:
+        """bool [N], after which of the tokens that are read something is asked."""
+        return torch.tensor([target != NO_ANSWER for row in self.targets for target in row])
+
     def batches(self) -> Iterator[list[Sequence[int]]]:
         for windows, _ in self.batches_with_targets():
             yield windows
@@ -163,5 +168,4 @@ def loss(model: LM, text: Text) -> float:
 
 def mean_loss(text: Text, losses: Sequence[Tensor]) -> float:
     """Over what counts of what `read` gave."""
-    asked = torch.tensor([target != NO_ANSWER for row in text.targets for target in row])
-    return torch.cat(list(losses)).cpu()[asked].mean().item()
+    return torch.cat(list(losses)).cpu()[text.asked].mean().item()
