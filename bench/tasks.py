@@ -151,7 +151,7 @@ def judge(folder: Path, name: str) -> dict[str, Any]:
         "batch_size": cfg.train.batch_size,
         "answers": judged["answers"],
         "worst": {"slice": worst, "accuracy": labels[worst]["accuracy"]} if worst else None,
-        "guess": judged["guess"],
+        "guess": task.guess(cfg.data.seq_len),
         "oracle": float((known == right).mean()),
         "shuffled": float((known == np.random.default_rng(0).permutation(right)).mean()),
     }

@@ -119,7 +119,7 @@ def evaluate(
         "results": {name: {"alias": name, "acc,none": found["accuracy"], "nll,none": found["loss"]}},
         "n-samples": {name: {"original": count, "effective": count}},
         "config": {"step": at, "seq_len": data.seq_len, "split_seed": cfg.data.split_seed, **data.record()},
-        "guess": data.task.guess(),
+        "guess": data.task.guess(data.seq_len),
         **found,
     }
     _store(results, run / "eval" / f"{name}_{at}.json")

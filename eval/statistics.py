@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-
 ROUNDING = 1e-12  # of the largest value: a smaller deviation is that of floats
 
 

@@ -241,7 +241,7 @@ def test_every_task_keeps_the_promises(kind: str):
     for name, labels in task.slices(64).items():
         index = found.slices[name][found.loss_mask]
         assert 0 <= index.min() <= index.max() < len(labels)
-    assert 0 < task.guess() <= 1
+    assert 0 < task.guess(64) <= 1
     cfg = DataConfig(synthetic=task, seq_len=64)
     assert schema.from_dict(DataConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
 
@@ -431,7 +431,7 @@ def test_judged_later_on_other_settings(finished: tuple[Path, str], capsys: pyte
     assert plain["accuracy"] == metrics(run)[-1]["val"]["accuracy"]
     found = recall.evaluate(run, ["data.synthetic.pairs=[2, 4]", "data.seq_len=48"], rows=30)
     assert list(found["by"]["pairs"]) == ["2", "4"]
-    assert found["guess"] == (1 / 2 + 1 / 4) / 2
+    assert found["guess"] == 2 / 6
     assert len(list((run / "eval").glob("*.json"))) == 2
     assert recall.main([str(run), "data.synthetic.lead=4", "data.seq_len=40", "--rows", "5"]) == 0
     assert "by distance" in capsys.readouterr().out

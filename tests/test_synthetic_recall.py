@@ -18,6 +18,7 @@ from data.synthetic.counting import CommonWords, FrequentWords
 from data.synthetic.dice import Dice
 from data.synthetic.induction import Induction
 from data.synthetic.layout import distinct, others, scattered, shuffled_groups, spread, subset
+from data.synthetic.mqar import MQAR
 from data.synthetic.needle import Needle
 from data.synthetic.task import SPLITS, Rows, Task
 from data.synthetic.variables import VariableTracking
@@ -71,7 +72,7 @@ def test_a_program_knows_every_answer_and_no_shuffled_one(task: Task):
         answers, right = task.solve(found.tokens)[found.loss_mask], found.targets[found.loss_mask]
         assert np.array_equal(answers, right)
         shuffled = np.random.default_rng(0).permutation(right)
-        assert (shuffled == answers).mean() < task.guess() + 5 * 0.5 / 400**0.5
+        assert (shuffled == answers).mean() < task.guess(seq_len) + 5 * 0.5 / 400**0.5
 
 
 def test_the_program_looks_only_back(task: Task):
@@ -354,18 +355,36 @@ def test_guesses():
         hay, key = tokens[: mask.argmax() - 1].tolist(), tokens[mask.argmax()]
         return np.array([next((token for token in hay if hay.count(token) == 1 and token != key), 0)])
 
+    def any_that_came_before(tokens, mask):
+        return np.array([rng.choice(tokens[:at][tokens[:at] > 1]) for at in np.flatnonzero(mask)])
+
+    def what_came_most(tokens, mask):
+        return np.array([np.bincount(tokens[:at][tokens[:at] > 0]).argmax() for at in np.flatnonzero(mask)])
+
+    def any_value_of_the_pairs(tokens, mask):
+        return rng.choice(np.unique(tokens[1 : 2 * mask.sum() : 2]), mask.sum())
+
+    pairs = MQAR(vocab_size=64, pairs=(2, 4, 8))
+    assert accuracy(pairs, any_value_of_the_pairs) == pytest.approx(pairs.guess(SEQ_LEN), abs=0.02)
+    straw = Needle(vocab_size=4096)
+    assert accuracy(straw, any_that_came_before) == pytest.approx(straw.guess(SEQ_LEN), abs=0.012)
+    assert straw.guess(SEQ_LEN) > 0.01
+    for asks, bounds in ((1, (0.01, 0.1)), ((1, 2, 4), (0.5, 0.7))):
+        again = Induction(vocab_size=4096, asks=asks)
+        assert accuracy(again, what_came_most) == pytest.approx(again.guess(SEQ_LEN), abs=0.05)
+        assert bounds[0] < again.guess(SEQ_LEN) < bounds[1]
     spans = Copying(vocab_size=10, span=(2, 5))
-    assert accuracy(spans, any_of_the_span) == pytest.approx(spans.guess(), abs=0.03)
+    assert accuracy(spans, any_of_the_span) == pytest.approx(spans.guess(SEQ_LEN), abs=0.03)
     common = CommonWords(answers=3, rare_words=12)
-    assert accuracy(common, next_new_word) == pytest.approx(common.guess(), abs=0.03)
+    assert accuracy(common, next_new_word) == pytest.approx(common.guess(SEQ_LEN), abs=0.03)
     # Of the most frequent words of a row, which are not those that were likely: a little more than their chances.
     frequent = FrequentWords(answers=2, words=8)
-    assert accuracy(frequent, any_word_not_given) == pytest.approx(frequent.guess(), abs=0.04)
+    assert accuracy(frequent, any_word_not_given) == pytest.approx(frequent.guess(SEQ_LEN), abs=0.04)
     names, values = (VariableTracking(chains=3, hops=3, question=q) for q in ("names", "value"))
-    assert accuracy(names, next_name) == pytest.approx(names.guess(), abs=0.03)
-    assert accuracy(values, any_value) == pytest.approx(values.guess(), abs=0.03)
+    assert accuracy(names, next_name) == pytest.approx(names.guess(SEQ_LEN), abs=0.03)
+    assert accuracy(values, any_value) == pytest.approx(values.guess(SEQ_LEN), abs=0.03)
     hidden = Needle(haystack="repeated", vocab_size=2000)  # so large that a value is seldom one of the haystack too
-    assert accuracy(hidden, an_id_that_came_once) == pytest.approx(hidden.guess(), abs=0.03)
+    assert accuracy(hidden, an_id_that_came_once) == pytest.approx(hidden.guess(SEQ_LEN), abs=0.03)
 
 
 # -- settings

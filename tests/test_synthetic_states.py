@@ -78,6 +78,17 @@ def test_the_program_looks_only_back(task: Task):
         assert np.array_equal(task.solve(found.tokens[:, :cut]), whole[:, :cut])
 
 
+def test_the_guess_of_few_moves():
+    """The likeliest element of each place, as counted; none is likelier where all elements are moves."""
+    task = WordProblem(group="Z64", moves="few")
+    targets = rows(task, 4000).targets
+    counted = np.mean([np.bincount(at).max() / len(at) for at in targets.T])
+    assert task.guess(SEQ_LEN) == pytest.approx(counted, abs=0.01)
+    assert task.guess(SEQ_LEN) > 0.15
+    assert WordProblem(group="S3", moves="few").guess(1) == pytest.approx(1 / 3)
+    assert WordProblem(group="S5").guess(SEQ_LEN) == 1 / 120
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_answers_of_other_rows_are_guesses(name: str):
     """With the targets of the row before, the program is right about as often as `guess` says, or less."""
@@ -94,7 +105,7 @@ def test_answers_of_other_rows_are_guesses(name: str):
     if name == "path_star, edges":
         assert not len(right)
         return
-    guess = task.guess()
+    guess = 1 / task.order if isinstance(task, WordProblem) else task.guess(SEQ_LEN)
     tolerance = 4 * (guess / len(right)) ** 0.5
     assert right.mean() < guess + tolerance
     if name in UNIFORM or name == "path_star":
@@ -312,7 +323,7 @@ def test_listops_are_what_they_say(name: str):
 
 def test_the_guess_of_listops_by_hand():
     """Lists of two digits: the greatest is 9 in 19 of 100, the smallest 0 as often, sums are uniform, medians best guessed 4."""
-    found = ListOps(depth=1, arguments=2).guess()
+    found = ListOps(depth=1, arguments=2).guess(64)
     middle = max(np.bincount([(a + b) // 2 for a in range(10) for b in range(10)]))
     assert found == pytest.approx((0.19 + 0.19 + 0.1 + middle / 100) / 4, abs=0.02)
 
@@ -434,12 +445,19 @@ def test_the_holdout_is_never_trained():
     assert found.tokens.max() < 102
 
 
+def test_the_two_words_differ():
+    """Also where every word may be either: of a word beside itself nothing could be asked."""
+    found = rows(DualProcess(ambiguous=1.0), 2000)
+    words = [[token for token in row if token != COP] for row in found.tokens[:, :3].tolist()]
+    assert all(len(set(two)) == 2 for two in words)
+
+
 def test_guessing_is_repeating_the_question():
     """Right for half of the first answers and for all others."""
     task = DualProcess(alpha=0.0)
     found = rows(task, 20_000)
     asked = np.broadcast_to(found.tokens[:, 3:4], found.tokens.shape)
-    assert (asked == found.targets)[found.loss_mask].mean() == pytest.approx(task.guess(), abs=0.01)
+    assert (asked == found.targets)[found.loss_mask].mean() == pytest.approx(task.guess(64), abs=0.01)
 
 
 # -- settings

@@ -102,7 +102,7 @@ class _Copy(Task):
                     given += 1
         return answers
 
-    def guess(self) -> float:
+    def guess(self, seq_len: int) -> float:
         """Any symbol of the span: the right one, or another that happens to be equal."""
         spans = several(self.span)
         return sum(1 + (n - 1) / self.symbols for n in spans) / sum(spans)

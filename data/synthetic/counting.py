@@ -117,7 +117,7 @@ class CommonWords(_Counting):
         stream[: times.sum()] = np.arange(count).repeat(times)
         return words, stream[np.argsort(dice.uniform(room), axis=1)]
 
-    def guess(self) -> float:
+    def guess(self, seq_len: int) -> float:
         """The next different word of the row, which is one of those that come often with a chance that follows from how many of
         both kinds are left. Any word of the row is no better."""
         return sum(_next_is_common(self.answers, self.often, self.rare_words, self.rarely)) / self.answers
@@ -182,7 +182,7 @@ class FrequentWords(_Counting):
         edges = np.cumsum(self.chances)[:-1]
         return words, np.searchsorted(edges, dice.uniform(room), side="right")
 
-    def guess(self) -> float:
+    def guess(self, seq_len: int) -> float:
         """A word of the row, any that was not answered yet: the one of rank r as often as it comes."""
         chances = self.chances[: self.answers]
         return float((chances / (1 - np.cumsum(chances) + chances)).mean())

@@ -76,6 +76,12 @@ class DualProcess(Task):
         rank[:, 3:6] = self._rank(adjective)[:, None]
         return Rows(tokens, targets, mask, {"answer": answer, "rank": rank}, tokens[:, :4].copy())
 
+    def candidates(self, dice: Dice, seq_len: int, split: str) -> tuple[Rows, np.ndarray]:
+        """Two different words: of an ambiguous one beside itself nothing could be asked."""
+        rows, is_of_split = super().candidates(dice, seq_len, split)
+        first, middle, last = rows.tokens[:, :3].T
+        return rows, is_of_split & (first != last) & (middle != last)
+
     def _pair(self, dice: Dice) -> np.ndarray:
         """int64 [2, R]: the ids of an adjective and a noun, or of what stands for them."""
         if self.test == "holdout":
@@ -117,7 +123,7 @@ class DualProcess(Task):
                 found[4:6] = row[3]
         return answers
 
-    def guess(self) -> float:
+    def guess(self, seq_len: int) -> float:
         """By repeating the question: right for one half of the first answers, and for all others."""
         return 5 / 6
 

@@ -145,11 +145,13 @@ class Needle(Task):
                     found[t] = wanted.pop(0)
         return answers
 
-    def guess(self) -> float:
-        """Any id that is no key of the row; where the haystack repeats itself, any id of any needle."""
+    def guess(self, seq_len: int) -> float:
+        """Any id of the haystack that is no key: the right one, or another that happens to be equal; where the haystack repeats
+        itself, any id of any needle."""
         if self.haystack == "repeated":
             return 1 / (self.keys * self.answer)
-        return 1 / (self.ordinary - self.keys)
+        options = [(length or seq_len) - self.questions - self.keys * self.values for length in several(self.length)]
+        return sum((1 + (n - 1) / (self.ordinary - self.keys)) / n for n in options) / len(options)
 
     def tiny(self) -> "Needle":
         """At most four keys, two queries, two values of two ids each."""

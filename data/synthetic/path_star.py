@@ -141,7 +141,7 @@ class PathStar(Task):
                 found[2 : 2 + len(back)] = back[::-1][: len(row) - 2]
         return answers
 
-    def guess(self) -> float:
+    def guess(self, seq_len: int) -> float:
         """Of the first node behind the root: any of them. The other answers have many that are no better."""
         return 1 / self.degree
 

@@ -68,8 +68,8 @@ class Task:
         reads nothing but the tokens, and only those up to the place."""
         raise NotImplementedError
 
-    def guess(self) -> float:
-        """The accuracy of the best answer that looks nothing up."""
+    def guess(self, seq_len: int) -> float:
+        """The accuracy of the best answer that looks nothing up, in rows of that length."""
         raise NotImplementedError
 
     def tiny(self) -> Self:

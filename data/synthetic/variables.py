@@ -148,7 +148,7 @@ class VariableTracking(Task):
                     found[t] = wanted.pop(0)
         return answers
 
-    def guess(self) -> float:
+    def guess(self, seq_len: int) -> float:
         """Any value of the row; or the name that follows in the row, which is as often one of the same chain."""
         return 1 / self.chains
 

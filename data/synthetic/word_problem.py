@@ -85,9 +85,17 @@ class WordProblem(Task):
                 found[t] = number[tuple(held)]
         return answers
 
-    def guess(self) -> float:
-        """Any element: of two or more uniform factors the product is uniform, of few moves it becomes so with time."""
-        return 1 / self.order
+    def guess(self, seq_len: int) -> float:
+        """The likeliest element at each place: any, but of few moves, which have not yet reached them all."""
+        if self.moves == "all":
+            return 1 / self.order
+        few, table = list(_few(self.group)), _products(self.group)
+        chance, likeliest = np.zeros(self.order), []
+        chance[0] = 1.0
+        for _ in range(seq_len):
+            chance = np.bincount(table[:, few].ravel(), chance.repeat(len(few)) / len(few), self.order)
+            likeliest.append(chance.max())
+        return float(np.mean(likeliest))
 
     def tiny(self) -> "WordProblem":
         """Fits as it is."""
