@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data import Corpus
 from data.tokenizer import Tokenizer
 from eval.corpus_tasks import open_run_corpus
 from eval.run import LoadedRun, open_run
@@ -111,6 +112,14 @@ def evaluate(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, json.dumps(results, indent=1) + "\n")
     return results
+
+
+def reach(model: ModelConfig, corpus: Corpus) -> tuple[int, str]:
+    """-> (the longest length in tokens that a model and its held-out documents allow, what ends it there)."""
+    longest = int(corpus.val.lengths.max(initial=0))
+    if model.learned_positions and model.max_seq_len < longest:
+        return model.max_seq_len, f"the model has only {model.max_seq_len} learned positions"
+    return longest, f"the longest held-out document has {longest} tokens"
 
 
 def check(model: ModelConfig, lengths: Sequence[int]) -> None:

@@ -43,6 +43,7 @@ CITIES = (
 )
 ONE, ONE_OF = "The secret number of {city} is", "One of the secret numbers of {city} is"
 NUMBERS = (10_000, 100_000)
+GAP = "\n\n"  # after each document
 SENTENCE_END = re.compile(r"[.!?\n]\s*$")
 DARK = 0.35  # from the middle of a scale of length 1: from there on numbers in a picture are white
 NEAR = 0.05  # of a haystack: how far a needle is moved back at most to stand between two sentences
@@ -93,7 +94,7 @@ class Haystack(NamedTuple):
 
 def haystack(tokenizer: Tokenizer, documents: Iterable[list[int]], least: int, enough: int) -> Haystack:
     """Documents with an empty line between them, until there are ``enough`` tokens. Raises UserError for less than ``least``."""
-    gap = tokenizer.encode("\n\n")
+    gap = tokenizer.encode(GAP)
     found: list[int] = []
     for tokens in documents:
         found += [*tokens, *gap]
@@ -252,6 +253,14 @@ def evaluate(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, json.dumps(results, indent=1) + "\n")
     return results
+
+
+def reach(model: ModelConfig, corpus: Corpus) -> tuple[int, str]:
+    """-> (the longest row in tokens that a model and its held-out text allow, what ends it there)."""
+    text = int(corpus.val.lengths.sum()) + len(corpus.val) * len(corpus.tokenizer.encode(GAP))
+    if model.learned_positions and model.max_seq_len < text:
+        return model.max_seq_len, f"the model has only {model.max_seq_len} learned positions"
+    return text, f"the held-out text has {text} tokens"
 
 
 def check(model: ModelConfig, lengths: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ Task = tuple[int, Mapping[str, Any]]  # length of a row, and data.synthetic
 @dataclass(frozen=True)
 class Suite:
     """``tasks`` are lm-eval's; ``lengths`` those of `eval.length`, ``needles`` of `eval.needle`, in tokens, as far as the run's
-    held-out documents reach. These three are of text. ``synthetic``: by name."""
+    held-out documents and learned positions reach. These three are of text. ``synthetic``: by name."""
 
     about: str
     tasks: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def ask(
         size = (1, 0) if w is None else (w.size, w.rank)
         batch = max(1, min(-(-rows // size[0]), recall.BATCH_TOKENS // data.seq_len))
         measured = recall.measure(model, data, data.once(rows, batch, size[1], size[0]), autocast, w)
-        found[task] = {**measured, "guess": data.task.guess()}
+        found[task] = {**measured, "guess": data.task.guess(data.seq_len)}
     return found
 
 
@@ -188,11 +188,16 @@ def evaluate(
 
 
 def _of_text(results: dict[str, Any], name: str, module: Any, run: LoadedRun, lengths: Sequence[int]) -> None:
-    """Add what `eval.length` or `eval.needle` finds; a text that is too short for it is said and passed over."""
+    """Add what `eval.length` or `eval.needle` finds at the lengths in reach; what is out of reach is said and passed over."""
     label = module.__name__.rpartition(".")[2]
     try:
-        found = module.evaluate(run, lengths)
-    except UserError as error:
+        longest, why = module.reach(run.model.cfg, corpus_tasks.open_run_corpus(run.dir))
+        results["tasks"] |= {f"text {label} {n}": {"skipped": why} for n in lengths if n > longest}
+        fitting = [n for n in lengths if n <= longest]
+        if not fitting:
+            return
+        found = module.evaluate(run, fitting)
+    except (UserError, DataError) as error:
         results["tasks"][f"text {label}"] = {"skipped": str(error)}
         return
     for task, metrics in found["results"].items():

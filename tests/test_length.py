@@ -91,8 +91,18 @@ def test_refused_before_training(trained: Path):
     assert not (trained.parent / "refused").exists()
 
 
+def test_reach_is_the_longest_length_that_is_not_refused(trained: Path):
+    run = open_run(trained, "cpu")
+    longest, why = length.reach(run.model.cfg, open_run_corpus(trained))
+    assert why == f"the longest held-out document has {longest} tokens"
+    assert length.evaluate(run, [longest])["lengths"][0]["length"] == longest
+    with pytest.raises(UserError, match=f"has {longest + 1} tokens, the longest has {longest}"):
+        length.evaluate(run, [longest + 1])
+
+
 def test_learned_positions_end(trained: Path):
     run = open_run(trained, "cpu")
     model = run.model.cfg.__class__(**{**vars(run.model.cfg), "learned_positions": True, "max_seq_len": 32})
     with pytest.raises(UserError, match="64 is longer than the learned positions, 32"):
         length.check(model, LENGTHS)
+    assert length.reach(model, open_run_corpus(trained)) == (32, "the model has only 32 learned positions")

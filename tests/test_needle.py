@@ -243,10 +243,22 @@ def test_refused(run: Path, capsys: pytest.CaptureFixture[str], words: list[str]
     assert message in line
 
 
-def test_learned_positions_end(tmp_path: Path):
-    run = open_run(write_run(tmp_path / "run", tiny_model(LEARNED)), "cpu")
+def test_reach_is_the_longest_row_that_is_not_refused(run: Path):
+    loaded, corpus = open_run(run, "cpu"), open_run_corpus(run)
+    longest, why = needle.reach(loaded.model.cfg, corpus)
+    assert why == f"the held-out text has {longest} tokens"
+    (asked,), _ = needle.questions(corpus.tokenizer, needle.held_out(corpus), [longest], 1, 1)
+    assert asked.length == longest
+    with pytest.raises(UserError, match=f"the text has {longest} tokens, and the longest row {longest + 1}"):
+        needle.questions(corpus.tokenizer, needle.held_out(corpus), [longest + 1], 1, 1)
+
+
+def test_learned_positions_end(run: Path, tmp_path: Path):
+    learned = open_run(write_run(tmp_path / "run", tiny_model(LEARNED)), "cpu")
     with pytest.raises(UserError, match="lengths: 32 is longer than the learned positions, 24"):
-        needle.evaluate(run, [16, 32])
+        needle.evaluate(learned, [16, 32])
+    found = needle.reach(learned.model.cfg, open_run_corpus(run))
+    assert found == (24, "the model has only 24 learned positions")
 
 
 # -- when a run ends

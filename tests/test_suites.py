@@ -12,13 +12,15 @@ import yaml
 
 from configs import schema
 from configs.question import Metric
-from eval import recall, suites
+from eval import length, needle, recall, suites
 from eval.__main__ import main
 from eval.ablation_runs import read_metric
-from eval.run import open_run
+from eval.corpus_tasks import open_run_corpus
+from eval.run import LoadedRun, open_run
 from models import UserError, build, model_config
 from models.hf import export_run
 from tests.runs import PLAIN, metrics, one_error, train, write_config
+from tests.test_eval_runs import LEARNED, add_corpus, tiny_model, write_run
 
 TASKS = ("induction", "copying", "selective_copying", "mqar", "needle", "variable_tracking")
 
@@ -106,11 +108,55 @@ def test_long_contexts_of_text(trained: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(suites.SUITES, "long", short)
     found = suites.evaluate(open_run(trained, "cpu"), "long", bar=False)
     assert {"loss_16,none", "loss_64,none"} <= set(found["results"]["long.text_length"])
-    assert "skipped" in found["tasks"]["text needle"]
-    assert "long.text needle was left out" in suites.table(found)
+    assert "skipped" in found["tasks"]["text needle 1048576"]
+    assert "long.text needle 1048576 was left out" in suites.table(found)
     monkeypatch.setitem(suites.SUITES, "long", suites.Suite("short", synthetic={}, needles=(120,)))
     said = suites.table(suites.evaluate(open_run(trained, "cpu"), "long", bar=False))
     assert [line.split("|")[2].strip() for line in said.splitlines() if "text_needle" in line] == ["acc", "exact"]
+
+
+def of_text(
+    run: LoadedRun, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], needles: tuple[int, ...]
+) -> dict:
+    monkeypatch.setitem(suites.SUITES, "long", suites.Suite("short", lengths=lengths, needles=needles))
+    return suites.evaluate(run, "long", bar=False)
+
+
+def test_only_lengths_out_of_reach_of_the_documents_are_left_out(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """The others are measured as if nothing else had been asked."""
+    run = open_run(trained, "cpu")
+    found = of_text(run, monkeypatch, (16, 64, 1024, 4096), (120, 200, 1 << 20))
+    for label, alone in (("length", length.evaluate(run, (16, 64))), ("needle", needle.evaluate(run, (120, 200)))):
+        key = f"long.text_{label}"
+        assert found["results"][key] == {**alone["results"][label], "alias": key}
+        assert found["n-samples"][key] == alone["n-samples"][label]
+    held = open_run_corpus(trained).val.lengths
+    assert [line.partition(" was left out: ") for line in suites.table(found).splitlines() if "left out" in line] == [
+        ("long.text length 1024", " was left out: ", f"the longest held-out document has {max(held)} tokens"),
+        ("long.text length 4096", " was left out: ", f"the longest held-out document has {max(held)} tokens"),
+        ("long.text needle 1048576", " was left out: ", f"the held-out text has {sum(held) + 2 * len(held)} tokens"),
+    ]
+
+
+def test_only_lengths_beyond_learned_positions_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_run(tmp_path / "run", tiny_model({**LEARNED, "max_seq_len": 200}))
+    add_corpus(path, tmp_path)
+    found = of_text(open_run(path, "cpu"), monkeypatch, (50, 200, 400), (200, 201))
+    assert {"loss_50,none", "loss_200,none"} <= set(found["results"]["long.text_length"])
+    assert found["n-samples"]["long.text_needle"]["effective"] == needle.DEPTHS * needle.SAMPLES
+    why = {"skipped": "the model has only 200 learned positions"}
+    assert found["tasks"] == {"text length 400": why, "text needle 201": why}
+
+
+def test_a_corpus_that_is_gone_leaves_the_synthetic_tasks(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(suites.SUITES, "long", replace(suites.SUITES["smoke"], tasks=(), lengths=(16,), needles=(120,)))
+    (tmp_path / "data.json").write_text(json.dumps({"dir": str(tmp_path / "gone")}))
+    found = suites.evaluate(replace(open_run(trained, "cpu"), dir=tmp_path), "long", 2, bar=False)
+    assert list(found["results"]) == ["long.induction"]
+    for label in ("text length", "text needle"):
+        assert "no such prepared folder" in found["tasks"][label]["skipped"]
 
 
 def test_rows_that_are_longer_than_learned_positions():
@@ -173,4 +219,5 @@ def test_every_suite_fits_a_byte_vocabulary():
     model = model_config({**PLAIN, "vocab_size": 257})
     for name, one in suites.SUITES.items():
         for task, asked in one.synthetic.items():
-            assert suites.feed(model, *asked).task.guess() < 0.7, (name, task)
+            data = suites.feed(model, *asked)
+            assert data.task.guess(data.seq_len) < 0.7, (name, task)
