@@ -283,6 +283,45 @@ def test_rows_from_an_archive_are_a_fourth_kind():
     assert sum(found["layers"][1]["shares_by_head"][0]) == pytest.approx(1, abs=1e-4)
 
 
+def short(*lengths: int) -> Text:
+    """Windows of so many tokens."""
+    return Text("short", [[256, *range(60, 60 + n)] for n in lengths], ByteTokenizer())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, W, W + 1])
+def test_a_text_that_is_hardly_longer_than_the_window(tokens):
+    """No query has a memory before the last length, which is one token behind the window."""
+    pytest.importorskip("matplotlib")
+    model, text = model_of(archive=2), short(tokens)
+    shares, errors, mean = observe_archive(model, text)
+    for n, found in shares.items():
+        torch.testing.assert_close(found.sum(2), torch.ones(tokens, 4, dtype=torch.float64))
+        assert found[:W, :, 1:].abs().max() == 0
+        assert errors[n] < 1e-12
+    assert mean == pytest.approx(loss(model, text), rel=1e-12)
+    found = instrument.measure(model, text)
+    assert [layer["queries"] for layer in found["archive"]["layers"]] == [max(0, tokens - W)] * 2
+    found |= {"run": "run", "step": 1, "since": None, "recall": None, "ablations": [], "training": None}
+    said = instrument.summary(found)
+    assert f"with archives: loss {mean:.4f}" in said
+    assert ("| layer | window |" in said) == (tokens > W)
+    assert instrument.lists(found).startswith("## Layer 0")
+    assert pictures.overview(found).get_axes()
+    assert pictures.page(found, found["layers"][0]).get_axes()
+
+
+def test_archives_of_windows_of_one_token_among_longer_ones():
+    """Eight windows are a forward, and the ninth is one by itself."""
+    model, lengths = model_of(archive=2), [9] * 8 + [1]
+    text = short(*lengths)
+    both, one = observe_archive(model, text), observe_archive(model, short(1))
+    longer = observe_archive(model, short(*lengths[:-1]))
+    for n, found in both[0].items():
+        torch.testing.assert_close(found, torch.cat((longer[0][n], one[0][n])))
+    assert both[2] == pytest.approx((72 * longer[2] + one[2]) / 73)
+    assert [layer["queries"] for layer in instrument.measure(model, text)["archive"]["layers"]] == [8 * (9 - W)] * 2
+
+
 # -- ablations
 
 

@@ -218,15 +218,12 @@ def _archive(model: LM, text: Text) -> dict[str, Any] | None:
     if all(part.cfg.archive is None for part in mixers(model).values()):
         return None
     found, errors, loss = observe_archive(model, text)
-    seen = {n: _positions(text) >= mixers(model)[n].cfg.window for n in found}
-    return {
-        "loss": plain(loss, 12),
-        "kinds": [*KINDS, "archive"],
-        "layers": [
-            plain({"layer": n, "shares_by_head": shares[seen[n]].mean(0), "error": errors[n]})
-            for n, shares in found.items()
-        ],
-    }
+    later = {n: _positions(text) >= mixers(model)[n].cfg.window for n in found}
+    layers = [
+        {"layer": n, "queries": int(later[n].sum()), "shares_by_head": shares[later[n]].mean(0), "error": errors[n]}
+        for n, shares in found.items()
+    ]
+    return {"loss": plain(loss, 12), "kinds": [*KINDS, "archive"], "layers": plain(layers)}
 
 
 def _positions(text: Text) -> Tensor:
@@ -276,9 +273,7 @@ def summary(found: dict[str, Any]) -> str:
     if kept:
         tables.append(_kept_table(kept))
     if found["archive"]:
-        rows = [(one["layer"], *_mean_over_heads(one["shares_by_head"])) for one in found["archive"]["layers"]]
-        said = f"read as a prompt, with archives: loss {number(found['archive']['loss']):.4f}"
-        tables.append(f"{said}\n\n{markdown(('layer', *found['archive']['kinds']), rows)}")
+        tables.append(_archive_table(found["archive"]))
     if found["recall"]:
         tables.append(_recall_table(found["recall"]))
     if found["since"]:
@@ -296,6 +291,12 @@ def _shares_table(layers: Sequence[dict[str, Any]]) -> str:
         if layer["queries"]
     ]
     return markdown(headers, rows)
+
+
+def _archive_table(found: dict[str, Any]) -> str:
+    rows = [(one["layer"], *_mean_over_heads(one["shares_by_head"])) for one in found["layers"] if one["queries"]]
+    said = f"read as a prompt, with archives: loss {number(found['loss']):.4f}"
+    return f"{said}\n\n{markdown(('layer', *found['kinds']), rows)}" if rows else said
 
 
 def _kept_table(layers: Sequence[dict[str, Any]]) -> str:

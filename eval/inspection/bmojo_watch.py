@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.inspection.bmojo_attention import Shares, shared_out
@@ -218,10 +219,12 @@ def observe_archive(model: LM, text: Text) -> tuple[dict[int, Tensor], dict[int,
             stack.enter_context(attending([part], watch(n)))
         for windows, targets in text.batches_with_targets():
             tokens, valid = pad([w[:-1] for w in windows], model.embed.weight.device)
-            h, _, _ = model.features(Batch(tokens, valid=valid), model.init_state(tokens.shape[0], tokens.shape[1]))
             wanted, _ = pad(targets, tokens.device)
-            losses, _ = model.token_nll(h, wanted.clamp(min=0))
             valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+            if tokens.shape[1] == 1:  # would be a step of decoding, which does not attend by the op that is watched
+                tokens, wanted, valid = (F.pad(x, (0, 1)) for x in (tokens, wanted, valid))
+            h, _, _ = model.features(Batch(tokens, valid=valid), model.init_state(tokens.shape[0], tokens.shape[1]))
+            losses, _ = model.token_nll(h, wanted.clamp(min=0))
             nll.append(losses[valid].double())
             for n, shares in last.items():
                 found[n].append(_by_kind_with_archive(shares, over[n].cfg.m_e, valid))
