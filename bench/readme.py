@@ -80,14 +80,14 @@ def question_table(name: str) -> str:
     question = found["question"]
     how = f"`ablate.py configs/ablations/{question}.py`{name.removeprefix(question).replace('_', ', ')}"
     sweep = found.get("sweep")
-    head = [how, "parameters", "FLOPs per token", "state bytes", *([sweep["key"]] if sweep else []), first]
-    head += [f"difference to {found['baseline']}", *others]
+    head = [how, "parameters", "FLOPs per token", "state bytes", *([sweep["key"]] if sweep else []), f"{first} ± sd"]
+    head += [f"difference to {found['baseline']} [interval]", *others]
     mean = {(r["variant"], r["metric"]): r["mean"] for r in found["results"]}
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for r in (r for r in found["results"] if r["metric"] == first and r["n"]):
         cost, c = found["costs"][r["variant"]], r["comparison"]
         cells = [r["variant"], f"{cost['params']:,}", f"{cost['flops_per_token']:,.0f}", f"{cost['state_bytes']:,.0f}"]
-        cells += [cell(sweep["chosen"][r["variant"]])] if sweep else []
+        cells += [_chosen(sweep, r["variant"])] if sweep else []
         spread = "" if r["sd"] is None else f" ± {r['sd']:.3f}"
         cells += [f"{r['mean']:.3f}{spread} (n={r['n']})"]
         cells += [f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" if c else ""]
@@ -100,8 +100,19 @@ def question_table(name: str) -> str:
     ended = sum(run["state"] == "finished" for run in found["runs"])
     if ended < len(found["runs"]):
         said.append(f"{ended} of {len(found['runs'])} runs are finished")
+    if lost := sum(first not in run["values"] for run in found["runs"] if run["state"] == "finished"):
+        said.append(f"{lost} of {len(found['runs'])} runs ended without a number")
+    compared = sum(r["comparison"] is not None for r in found["results"])
+    said.append(f"intervals: paired by seed, t, as Holm's procedure tested them among {compared} comparisons")
     tables = [curve_table(curve, (v for v, c in found["costs"].items() if c)) for curve in found.get("curves", ())]
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said), *tables])
+
+
+def _chosen(sweep: dict[str, Any], variant: str) -> str:
+    """What the sweep gave a variant, and whether nothing was tried beyond it."""
+    value, tried = sweep["chosen"][variant], sweep["values"]
+    end = {tried[0]: " (first tried)", tried[-1]: " (last tried)"}
+    return cell(value) + end.get(value, "")
 
 
 def curve_table(curve: dict[str, Any], variants: Iterable[str]) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stand_in import write_question
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -96,6 +98,24 @@ def test_tables_come_from_the_stored_results() -> None:
     from bench.readme import render
 
     assert render(TEXT) == TEXT
+
+
+def test_a_table_says_what_its_numbers_are(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a choice lies at the end of what was tried, which runs gave no number, and among how many comparisons."""
+    import ablate
+    from bench import readme
+
+    variants = "'b': Variant(['optim.lr=0.2', 'train.sample_prompt=diverge 2'])"
+    more = "seeds=3, metrics=['val/loss', Metric('val/by/x/n', False)], sweep=Sweep('optim.lr', (0.1, 0.5, 1.0))"
+    assert ablate.main([str(write_question(stand_in, variants, more))]) == 0
+    report = stand_in / "runs" / "asked" / "report" / "report.json"
+    monkeypatch.setattr(readme, "RESULTS", stand_in)
+    (stand_in / "asked.json").write_text(report.read_text())
+    table = readme.question_table("asked")
+    assert "| optim.lr | val/loss ± sd | difference to a [interval] | val/by/x/n |" in table
+    assert [row.split(" | ")[4] for row in table.splitlines()[2:4]] == ["0.1000 (first tried)"] * 2
+    assert "- 1 of 6 runs ended without a number" in table
+    assert "as Holm's procedure tested them among 2 comparisons" in table
 
 
 def test_relative_links_and_files_exist() -> None:

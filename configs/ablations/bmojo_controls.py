@@ -1,8 +1,8 @@
 """By what rule should B'MOJO keep tokens: by surprise, by lot, the newest that left the window, or the earliest?
 
-The task and the layer of bmojo_mqar.py (arXiv:2407.06324), constant filler; only the score differs, so state and parameters are
-equal. The pairs come first in a row, so keeping the earliest tokens is a good rule there, and a bad one where filler stands before
-the pairs, as it does in the last two columns and never in training.
+The task and the layer of bmojo_mqar.py (arXiv:2407.06324), constant filler; only the score differs, so parameters are equal, and the
+state but for what surprise is measured with, 5 per cent. The pairs come first in a row, so keeping the earliest tokens is a good
+rule there, and a bad one where filler stands before the pairs, as it does in the last two columns and never in training.
 """
 
 from configs.question import Curve, Question, Variant

@@ -1,14 +1,14 @@
 """Does a memory of surprising tokens find what hybrids of state-space model and window cannot?
 
-B'MOJO (arXiv:2407.06324) against its parts on associative recall, at equal bytes of state: attention in a window alone, the fading
-memory alone, both as alternating layers, B'MOJO-F (window and fading outputs in one softmax), B'MOJO, and B'MOJO that keeps tokens
-by lot. All have a convolution of four taps before keys and queries, but for the attention of one of the two hybrids: below it
-Mamba-2 has one already. What has no eidetic tokens has a wider window, or a larger state, instead. Queries come anywhere behind the
-pairs (clustered ones hide the effect); those at a distance that no window reaches are also counted alone. Pairs come first in a row,
-so a memory that keeps the earliest tokens would do: every run is also judged, without further training, with filler before the pairs
-(lead 16 and 32): what depends on content stays, what depends on position falls. With random filler, which no surprise tells from a
-pair: data.synthetic.filler=random --out runs/bmojo_mqar_random. Each variant has its own learning rate, chosen on a seed that is
-not compared: at B'MOJO's, Mamba-2 looks far worse than it is.
+B'MOJO (arXiv:2407.06324) against its parts on associative recall, at equal bytes of state (by lot 5 per cent less): attention in a
+window alone, the fading memory alone, both as alternating layers, B'MOJO-F (window and fading outputs in one softmax), B'MOJO, and
+B'MOJO that keeps tokens by lot. All have a convolution of four taps before keys and queries, but for the attention of one of the two
+hybrids: below it Mamba-2 has one already. What has no eidetic tokens has a wider window, or a larger state, instead. Queries come
+anywhere behind the pairs (clustered ones hide the effect); those at a distance that no window reaches are also counted alone. Pairs
+come first in a row, so a memory that keeps the earliest tokens would do: every run is also judged, without further training, with
+filler before the pairs (lead 16 and 32): what depends on content stays, what depends on position falls. With random filler, which no
+surprise tells from a pair: data.synthetic.filler=random --out runs/bmojo_mqar_random. Each variant has its own learning rate, chosen
+on a seed that is not compared: at B'MOJO's, Mamba-2 looks far worse than it is.
 """
 
 from configs.question import Curve, Question, Sweep, Variant

@@ -2,8 +2,8 @@
 
 Associative recall (arXiv:2312.04927) of up to 8 pairs in rows of 128 tokens, two layers of width 32. Every mixer twice, with the
 state of a small B'MOJO and with that of a large one, in bytes at the end of a row; attention, whose state grows, is here to show
-that the task can be learned. All have a convolution of four taps before keys and values; feed-forward layers, data and learning rate
-are the same. Each mixer has its own learning rate, chosen at the large size on a seed that is not compared.
+that the task can be learned. All have a convolution of four taps before keys and values; feed-forward layers and data are the same.
+Each mixer has its own learning rate, chosen at the large size on a seed that is not compared.
 """
 
 from configs.question import Curve, Question, Sweep, Variant
@@ -45,6 +45,6 @@ question = Question(
         Curve("val/by/pairs/{}/accuracy", (2, 4, 8), "pairs"),
         Curve("val/by/distance/{}/accuracy", ("4-7", "8-15", "16-31", "32-63", "64-127"), "distance"),
     ],
-    sweep=Sweep("optim.lr", (3.0e-3, 1.0e-2, 3.0e-2)),
+    sweep=Sweep("optim.lr", (1.0e-3, 3.0e-3, 1.0e-2, 3.0e-2, 1.0e-1, 3.0e-1)),
     seeds=3,
 )
