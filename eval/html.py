@@ -156,23 +156,36 @@ def folded(title: str, inside: Markup) -> Markup:
 
 # -- Markdown as this program writes it
 
+# Backticks at the start of a line, what language it is, lines, and at least as many backticks in a line of their own.
+FENCED = re.compile(r"^(`{3,})[^`\n]*\n(.*?)^\1`*[ \t]*$", re.DOTALL | re.MULTILINE)
+
 
 def from_markdown(words: str, folder: Path) -> Markup:
-    """Headings, tables, pictures of ``folder`` and paragraphs with `code`; anything else is a paragraph. Nothing in it is HTML."""
+    """Headings, tables, pictures of ``folder``, fenced blocks and paragraphs with `code`; anything else is a paragraph. Nothing in
+    it is HTML."""
+    found, end = [], 0
+    for match in FENCED.finditer(words):
+        found += [*_blocks(words[end : match.start()], folder), text("pre", match[2].removesuffix("\n"), class_="wrap")]
+        end = match.end()
+    return joined([*found, *_blocks(words[end:], folder)])
+
+
+def _blocks(words: str, folder: Path) -> list[Markup]:
+    """What stands between empty lines."""
     found = []
-    for block in re.split(r"\n\s*\n", words.strip()):
-        lines = block.strip("\n").splitlines()
+    for block in filter(None, re.split(r"\n\s*\n", words.strip())):
+        lines = block.split("\n")
         image = re.fullmatch(r"!\[(.*)\]\(([\w.+-]+\.png)\)", block.strip())
         if image and (folder / image[2]).is_file():
             found.append(picture((folder / image[2]).read_bytes(), image[1]))
         elif len(lines) > 1 and lines[0].startswith("|") and re.fullmatch(r"[|:\- ]+", lines[1]):
             head, _, *rows = map(_cells, lines)
             found.append(table(head, rows, _inline))
-        elif lines and (title := re.fullmatch(r"#+ (.+)", lines[0])):
+        elif title := re.fullmatch(r"#+ (.+)", lines[0]):
             found.append(text("h3", title[1]))
-        elif lines:
+        else:
             found.append(tag("p", _inline(block)))
-    return joined(found)
+    return found
 
 
 def _cells(line: str) -> list[str]:
@@ -181,9 +194,14 @@ def _cells(line: str) -> list[str]:
 
 
 def _inline(words: str) -> Markup:
-    """Text with code between equally long runs of backticks."""
+    """Text with code between equally long runs of backticks, less one space on both sides."""
     found, end = [], 0
     for match in re.finditer(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", words, re.DOTALL):
-        found += [escaped(words[end : match.start()]), text("code", match[2])]
+        found += [escaped(words[end : match.start()]), text("code", _unpadded(match[2]))]
         end = match.end()
     return joined([*found, escaped(words[end:])], "")
+
+
+def _unpadded(code: str) -> str:
+    padded = code.startswith(" ") and code.endswith(" ") and code.strip(" ")
+    return code[1:-1] if padded else code

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from eval import html, report, run_page
+from eval.inspection import verbatim
+from eval.tables import markdown
 from models import UserError
 from tests.test_eval_runs import tiny_model, write_run
 from tests.test_report import metrics
@@ -145,7 +147,7 @@ def test_a_page_says_everything(run):
     cells = page.said("td")
     for words in ("0.2500", "by pairs", "<4>", "orders.0.bpb", "no <GPU>", "triton 3", "2.11", "a|b"):
         assert words in cells
-    assert {"<b>", " ` "} <= set(page.said("code").splitlines())
+    assert {"<b>", "`"} <= set(page.said("code").splitlines())
     assert "Layer <1>" in page.said("h3")
     first, last = (page.said("pre").index(words) for words in ("<script>", "first"))
     assert first < last  # the newest sample stands before the folded ones
@@ -220,6 +222,51 @@ def test_tables_and_text():
     assert made.said("code") == "c`d"
     assert made.said("p").splitlines()[0] == "plain "
     assert "![gone](gone.png)" in made.said("p")
+
+
+def read_back(words: str) -> Page:
+    """Markdown as a page would show it."""
+    return Page(html.from_markdown(words, Path("nowhere")))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "a", "a`b", "`", "``", "```py", "a``b`", "|", "\\", "\\|", "<b>&", "**", "#", " ", " a ", " `", "a ", "«`» ",
+        "x\u2028y", "x\x0c",
+    ],
+)  # fmt: skip
+def test_code_is_shown_as_it_stands(shown):
+    """In a paragraph among other code, and in a cell."""
+    made = read_back(f"see {verbatim.code(shown)} or {verbatim.code('c')}")
+    assert [words for tag, words in made.words if tag == "code"] == [shown, "c"]
+    assert [words for tag, words in made.words if tag == "p"] == ["see ", " or "]
+    made = read_back(markdown(("token", "n"), [(verbatim.code(shown), 1), (verbatim.code("c"), 2)]))
+    assert [words for tag, words in made.words if tag == "code"] == [shown, "c"]
+    assert made.said("td").splitlines() == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "line one\\n\n\nline <two>", "```", "a\n```text\nb\n```\nc", "`````", "| a |\n|---|", "# no title", "  far  in ", "",
+    ],
+)  # fmt: skip
+def test_a_block_is_shown_as_it_stands(shown):
+    """Every line by itself, whatever it would be elsewhere; what stands around it is read as ever."""
+    made = read_back(f"before\n\n{verbatim.block(shown)}\n\n## title\n\n{verbatim.block('second')}")
+    assert made.said("pre").removesuffix("second").removesuffix("\n") == shown
+    assert [a for tag, a in made.tags if tag == "pre"] == [{"class": "wrap"}] * 2
+    assert (made.said("p"), made.said("h3")) == ("before", "title")
+    assert [tag for tag, _ in made.tags] == ["p", "pre", "h3", "pre"]
+
+
+def test_what_is_no_block_is_a_paragraph():
+    assert read_back("```text\nnever closed").said("pre") == ""
+    assert read_back("```text\nnever closed").said("p") == "```text\nnever closed"
+    assert read_back("````\n```\n````").said("pre") == "```"
+    assert read_back("```\na\n`````\nb").said("pre") == "a"
+    assert read_back("a ```b``` c").said("code") == "b"
 
 
 # -- in a browser

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from data import ByteTokenizer
-from eval import inspect
+from eval import html, inspect
 from eval.inspection import bmojo as instrument
 from eval.inspection import bmojo_pictures as pictures
 from eval.inspection.bmojo_attention import shared_out
@@ -320,6 +322,22 @@ def test_archives_of_windows_of_one_token_among_longer_ones():
         torch.testing.assert_close(found, torch.cat((longer[0][n], one[0][n])))
     assert both[2] == pytest.approx((72 * longer[2] + one[2]) / 73)
     assert [layer["queries"] for layer in instrument.measure(model, text)["archive"]["layers"]] == [8 * (9 - W)] * 2
+
+
+def test_backticks_of_a_text_come_back_from_the_page(tmp_path):
+    """Windows as blocks, tokens and where they stand as code."""
+    tokenizer = ByteTokenizer()
+    text = Text("ticks", list(cut([tokenizer.encode("a```b\n```\n|`` `c`` ```` d" * 2)], 22, 60)), tokenizer)
+    measured = instrument.measure(model_of(), text)
+    found = html.from_markdown(instrument.lists(measured), tmp_path)
+    blocks = re.findall(r'<pre class="wrap">(.*?)</pre>', found, re.DOTALL)
+    windows = [re.sub("[«»]", "", unescape(block)).replace("\\n\n", "\n") for block in blocks]
+    assert windows == [tokenizer.decode(w[:-1]) for w in text.windows] * 2
+    code = [unescape(words) for words in re.findall("<code>(.*?)</code>", found)]
+    assert code == [
+        words for layer in measured["layers"] for one in layer["lists"] for words in (one["shown"], one["place"])
+    ]
+    assert sum("``" in words for words in code) > 4
 
 
 # -- ablations

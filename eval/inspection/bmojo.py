@@ -25,6 +25,7 @@ from eval.inspection.bmojo_watch import Kept, Seen, final_sets, observe, observe
 from eval.inspection.curves import curves
 from eval.inspection.numbers import number, plain, rank_correlation
 from eval.inspection.text import Text
+from eval.inspection.verbatim import block, code
 from eval.run import LoadedRun
 from eval.tables import markdown
 from models import LM, UserError
@@ -377,13 +378,13 @@ def lists(found: dict[str, Any]) -> str:
             continue
         rows = [
             (
-                _code(one["shown"]),
+                code(one["shown"]),
                 one["position"],
                 one["score"],
                 one["held"],
                 "yes" if one["final"] else "no",
                 one["given"],
-                _code(one["place"]),
+                code(one["place"]),
             )
             for one in layer["lists"]
         ]
@@ -398,12 +399,6 @@ def _marked(found: dict[str, Any], layer: dict[str, Any]) -> str:
         tokens = range(first, first + length)
         words = [f"«{shown[i]}»" if i in final else shown[i] for i in tokens]
         text = (" " if found["ids"] else "").join(words).replace("␣", " ").replace("\\n", "\\n\n")
-        blocks.append(f"```text\n{text.replace('```', '` ` `')}\n```")
+        blocks.append(block(text))
         first += length
     return "\n\n".join(blocks)
-
-
-def _code(text: str) -> str:
-    fence = "``" if "`" in text else "`"
-    pad = " " if fence == "``" else ""
-    return f"{fence}{pad}{text}{pad}{fence}"

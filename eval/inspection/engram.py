@@ -23,6 +23,7 @@ from eval.inspection.engram_pictures import draw
 from eval.inspection.engram_rows import QUANTILES, Tokens, addressing_of
 from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, loss, mean_loss, read
+from eval.inspection.verbatim import code
 from eval.run import LoadedRun
 from eval.tables import markdown
 from kernels.memory_gate.reference import DEAD_ZONE
@@ -328,7 +329,7 @@ def _classes(found: dict[str, Any]) -> str:
         f"{c['tokens']:,} tokens fold onto {c['classes']:,} ({c['kind']}): {c['reduction']:.2%} fewer; "
         f"{c['merged']:.2%} of the tokens read are of a class with others."
     )
-    rows = [(one["size"], " ".join(_code(t) for t in one["tokens"])) for one in c["largest"]]
+    rows = [(one["size"], " ".join(code(t) for t in one["tokens"])) for one in c["largest"]]
     return (
         f"## Compression\n\n{about}\n\n{markdown(('size', 'tokens'), rows)}" if rows else f"## Compression\n\n{about}"
     )
@@ -344,14 +345,8 @@ def _opened(found: dict[str, Any]) -> Iterator[str]:
         ranked = sorted(((_mean(values), len(values), gram) for gram, values in gates.items()), reverse=True)
         shown = {"widest": ranked[:LISTED], "narrowest": ranked[::-1][:LISTED]}
         rows = [
-            tuple(cell for some in shown.values() for cell in (_code(some[i][2]), some[i][1], some[i][0]))
+            tuple(cell for some in shown.values() for cell in (code(some[i][2]), some[i][1], some[i][0]))
             for i in range(min(LISTED, len(ranked)))
         ]
         headers = ("gate widest for", "times", "gate", "narrowest for", "times", "gate")
         yield f"## Layer {layer['layer']}\n\n{markdown(headers, rows)}"
-
-
-def _code(text: str) -> str:
-    fence = "``" if "`" in text else "`"
-    pad = " " if fence == "``" else ""
-    return f"{fence}{pad}{text}{pad}{fence}"

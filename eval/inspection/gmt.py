@@ -24,6 +24,7 @@ from eval.inspection.gmt_hooks import Hopper, ablate, cells, changed, check, sta
 from eval.inspection.gmt_pictures import draw
 from eval.inspection.numbers import number, plain
 from eval.inspection.text import Text, mean_loss, read
+from eval.inspection.verbatim import code
 from eval.run import LoadedRun
 from eval.tables import markdown
 from kernels.gmt_cell import Hop
@@ -334,7 +335,7 @@ def lists(found: dict[str, Any]) -> str:
                 _counted(s["near_tokens"]),
                 s["going"],
                 _counted(s["going_tokens"]),
-                "  ".join(_code(one["text"]) for one in s["closest"]),
+                "  ".join(code(one["text"]) for one in s["closest"]),
             )
             for s in layer["lists"]
         ]
@@ -343,10 +344,4 @@ def lists(found: dict[str, Any]) -> str:
 
 
 def _counted(pairs: Sequence[tuple[str, int]]) -> str:
-    return "  ".join(f"{_code(token)} {count}" for token, count in pairs)
-
-
-def _code(text: str) -> str:
-    fence = "``" if "`" in text else "`"
-    pad = " " if fence == "``" else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    return "  ".join(f"{code(token)} {count}" for token, count in pairs)
