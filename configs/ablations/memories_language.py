@@ -42,5 +42,5 @@ question = Question(
     },
     baseline="dense",
     metrics=["val/loss"],
-    seeds=3,
+    seeds=5,
 )
