@@ -173,7 +173,9 @@ def sentence(
     without = "".join(f"; no number from {of} run{'s' * (of > 1)} of {name}" for name, of in lost.items())
     variant, baseline = names
     if c is None:
-        return f"{variant} and {baseline} cannot be compared by {metric.path} ({seeds}: two pairs are the least){without}"
+        return (
+            f"{variant} and {baseline} cannot be compared by {metric.path} ({seeds}: two pairs are the least){without}"
+        )
     unit = f" {metric.unit}" if metric.unit else ""
     if verdict(metric, names, c, lost) == "no difference shown":
         few = f"; a claim needs {MIN_SEEDS}" if c.n < MIN_SEEDS else ""
