@@ -282,7 +282,7 @@ def _plain_sweep(found: Answer, swept: Swept) -> dict[str, Any]:
         "metric": swept.metric.path,
         "results": {v: swept.results(v) for v in chosen},
         "chosen": {v: None if i is None else values[i] for v, i in chosen.items()},
-        "not_finished": [
+        "without_result": [
             {"run": f"{swept.sweep.folder(value)}/{run_name(r.variant, r.seed)}", "state": r.state, "why": r.why}
             for value, at_value in zip(values, swept.runs, strict=True)
             for r in at_value

@@ -45,7 +45,7 @@ class Swept:
         return max(known, key=lambda one: one[1])[0] if known else None
 
     def value_of(self, cfg: RunConfig) -> int | None:
-        """Which value a run has."""
+        """Which value a run has; None if none of them."""
         alike = (i for i, value in enumerate(self.sweep.values) if self.sweep.at(cfg, value) == cfg)
         return next(alike, None)
 

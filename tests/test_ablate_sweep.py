@@ -90,7 +90,7 @@ def test_a_choice_that_a_retried_run_would_change(stand_in: Path, capsys: pytest
     assert ablate.main([str(asked)]) == 1
     assert "2 of these runs failed: what is chosen now is chosen without them" in capsys.readouterr().err
     assert rates(runs) == {"a-s0": 0.1, "b-s0": 0.1}
-    failed = json.loads((runs / "report" / "report.json").read_text())["sweep"]["not_finished"]
+    failed = json.loads((runs / "report" / "report.json").read_text())["sweep"]["without_result"]
     assert [one["run"] for one in failed] == ["optim.lr_0.5/b-s7", "optim.lr_0.5/b-s8"]
     asked.write_text(asked.read_text().replace("0.5 crash", "0.5"))
     assert ablate.main([str(asked), "--retry"]) == 2
